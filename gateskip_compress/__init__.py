@@ -1,0 +1,20 @@
+"""Composable compression of pretrained decoder-only language models; importing it lets transformers load its checkpoints."""
+
+from .checkpoint import manifest_of as manifest_of
+from .errors import CalibrationError as CalibrationError
+from .errors import CheckpointError as CheckpointError
+from .errors import GateSkipError as GateSkipError
+from .errors import PipelineError as PipelineError
+from .errors import UnsupportedModel as UnsupportedModel
+from .evaluate import evaluate as evaluate
+from .gating.dial import budget as budget
+from .gating.dial import masked as masked
+from .gating.transform import GateSkip as GateSkip
+from .macs import count_macs as count_macs
+from .pipeline import Pipeline as Pipeline
+from .pruning.transform import Prune as Prune
+from .quantization.transform import Quantize as Quantize
+from .recipe import read_recipe as read_recipe
+from .source import load as load
+from .speculation.decode import self_speculative as self_speculative
+from .speculation.transform import SelfSpeculation as SelfSpeculation

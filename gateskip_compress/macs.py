@@ -1,0 +1,77 @@
+"""Multiply-adds: counted while a model runs, and computed from shapes; the two are checked against each other in tests.
+
+One multiply-add (MAC) is one product and one sum in a matrix product; norms, activations, rotary embeddings and
+look-ups are not counted. Causal attention counts its full rectangle of queries × keys, as torch computes it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from .model import BRANCH_KINDS, blocks, branches
+
+_CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """Multiply-adds of one branch for one token.
+
+    Args:
+        always: Keys and values; skipped tokens need them too.
+        kept: The rest of the branch, over a given number of keys.
+        gate: The score, wherever a gate is evaluated.
+        skipped: The surrogate.
+    """
+
+    always: int
+    kept: int
+    gate: int
+    skipped: int
+
+
+def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
+    """Run the model on `ids` as it stands and count the multiply-adds that really happened, all logits included."""
+    # torch's table has no entry for the attention kernel that CPUs use
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _sdpa_flop}) as counter:
+        model(ids, use_cache=False)
+    return counter.get_total_flops() // 2
+
+
+def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[str, BranchCost]:
+    """What a token costs in each kind of branch; the blocks of a model are all alike."""
+    block = blocks(model)[0]
+    costs = {}
+    for kind, branch in zip(BRANCH_KINDS, branches(model), strict=True):
+        body = getattr(block, branch.body)
+        sizes = {
+            name: module.in_features * module.out_features
+            for name, module in body.named_modules()
+            if hasattr(module, "in_features")
+        }
+        always = sizes["k_proj"] + sizes["v_proj"] if kind == "attention" else 0
+        products = 2 * body.q_proj.out_features * context_tokens if kind == "attention" else 0
+        gate = block.gates[kind] if hasattr(block, "gates") else None
+        costs[kind] = BranchCost(
+            always=always,
+            kept=sum(sizes.values()) - always + products,
+            gate=gate.score_macs if gate else 0,
+            skipped=gate.replace_macs if gate else 0,
+        )
+    return costs
+
+
+def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
+    """Multiply-adds of one token without any gate, output head included, over `context_tokens` keys."""
+    costs = branch_costs(model, context_tokens)
+    head = model.get_output_embeddings()
+    return len(blocks(model)) * sum(c.always + c.kept for c in costs.values()) + head.in_features * head.out_features
+
+
+def _sdpa_flop(query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: object, **__: object) -> int:
+    heads = (query_shape[0], query_shape[1])  # grouped keys are shared, but every query head does its own products
+    return sdpa_flop_count(query_shape, (*heads, *key_shape[2:]), (*heads, *value_shape[2:]))

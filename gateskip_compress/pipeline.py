@@ -1,0 +1,148 @@
+"""A stack of transforms: order checked when it is built, run by a loop."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint import Manifest, attach, manifest_of
+from .errors import PipelineError, UnsupportedModel
+from .gating.transform import GateSkip
+from .macs import ungated_macs_per_token
+from .speculation.transform import SelfSpeculation
+from .step import Context, Record, Stage, Transform
+from .text import self_written
+
+_REASONS = {
+    (Stage.GATE, Stage.PRUNE): "gates are fitted to the blocks that are there, and removing blocks makes them stale",
+    (Stage.QUANTIZE, Stage.PRUNE): "pruning needs float weights",
+    (Stage.QUANTIZE, Stage.GATE): "surrogates are fitted to float branches, and are not quantized afterwards",
+    (Stage.DECODE, Stage.PRUNE): "drafting rests on the gates of the finished model",
+    (Stage.DECODE, Stage.GATE): "drafting needs gates that are there already",
+    (Stage.DECODE, Stage.QUANTIZE): "how to decode is settled on the finished model",
+}
+
+
+class Pipeline:
+    """Transforms in the order in which they are applied.
+
+    Args:
+        steps: Each kind once at most; Prune, GateSkip, Quantize, SelfSpeculation in this order.
+
+    Raises:
+        PipelineError: steps out of order, twice, or lacking one they rest on; says both steps, the reason and the mend.
+    """
+
+    def __init__(self, *steps: Transform) -> None:
+        self.steps = steps
+        for step in steps:
+            if not isinstance(step, Transform):
+                raise PipelineError(f"{step!r} is not a step; use Prune, GateSkip, Quantize or SelfSpeculation")
+        for before, after in pairwise(steps):
+            if after.stage == before.stage:
+                raise PipelineError(f"{before!r} and {after!r} are the same kind of step; keep one of them")
+            if after.stage < before.stage:
+                reason = _REASONS[before.stage, after.stage]
+                raise PipelineError(f"{after!r} cannot follow {before!r}: {reason}; put {after.name} first")
+        self._check_draft()
+
+    def _check_draft(self) -> None:
+        gate = next((step for step in self.steps if isinstance(step, GateSkip)), None)
+        draft = next((step for step in self.steps if isinstance(step, SelfSpeculation)), None)
+        if draft is None:
+            return
+        if gate is None:
+            raise PipelineError(f"{draft!r} needs a GateSkip step before it: it drafts with the gates; add one")
+        if draft.draft_budget >= gate.budget:
+            raise PipelineError(
+                f"{draft!r} must draft below the budget of {gate!r}, or drafts cost what they save; "
+                f"lower draft_budget under {gate.budget}"
+            )
+
+    def __iter__(self) -> Iterator[Transform]:
+        """The steps, first to last."""
+        return iter(self.steps)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(map(repr, self.steps))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self.steps == other.steps
+
+    def __hash__(self) -> int:
+        return hash(self.steps)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        calibration: Int[Tensor, "n t"] | None = None,
+        seed: int = 0,
+    ) -> PreTrainedModel:
+        """Compress a model in place.
+
+        Args:
+            model: A Hugging Face model of a supported family, not compressed before.
+            tokenizer: Its tokenizer; saved with it.
+            calibration: Windows of token ids; None lets the model write its own (see `text.self_written`).
+            seed: The same seed, model and machine give the same result, bit for bit.
+
+        Returns:
+            The same model, with its manifest as `model.gateskip`, and saving itself as a checkpoint.
+
+        Raises:
+            ValueError: a step's setting does not fit this model.
+            UnsupportedModel: its family is unknown, or it is compressed or quantized already.
+        """
+        start(model, tokenizer)
+        if calibration is None:
+            calibration = self_written(model, tokenizer, seed=seed)
+        context = Context(calibration, seed)
+        for step in self.steps:
+            apply(step, model, context)
+        return model
+
+
+def start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
+    """Attach an empty manifest to a model that is to be compressed, in place; facts of the original go into it."""
+    if manifest_of(model) is not None:
+        raise UnsupportedModel("this model is compressed already; start from the original")
+    drop_gguf(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise UnsupportedModel(f"this model is quantized by {method}; start from float weights")
+    model.eval()
+    linear = ungated_macs_per_token(model, 0)
+    original = {
+        "source": source or model.config._name_or_path,
+        "parameters": model.num_parameters(),
+        "linear_macs_per_token": linear,
+        "attention_macs_per_token_and_key": ungated_macs_per_token(model, 1) - linear,
+    }
+    attach(model, Manifest(original=original, tokenizer=tokenizer))
+
+
+def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
+    """Apply one step in place and write it into the model's manifest."""
+    record = step.apply(model, context)
+    manifest: Manifest = model.gateskip
+    manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
+    attach(model, manifest)
+    return record
+
+
+def settings(step: Transform) -> dict[str, Any]:
+    """A step's fields, as JSON types."""
+    return asdict(step)  # pyright: ignore[reportArgumentType] a protocol cannot say that it is a dataclass
+
+
+def drop_gguf(model: PreTrainedModel) -> None:
+    """Forget, in place, that float weights came out of a GGUF file, so that the model saves as what it is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        quantizer.remove_quantization_config(model)

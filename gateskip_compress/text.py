@@ -1,0 +1,181 @@
+"""Text as token ids: from a file, from a Hugging Face dataset, or written by the model itself.
+
+A file is .txt (one long text), .json or .jsonl (records). A record is read by its keys, first match wins:
+
+    messages                                            a chat
+    instruction, input, output                          a chat of one question and its answer
+    prompt, response | question, answer                 the same
+    text                                                plain text
+
+Chats go through the tokenizer's chat template; without one, question and answer are joined by an empty line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import CalibrationError
+from .step import untracked
+
+SELF = "self"
+_PAIRS = (("instruction", "output"), ("prompt", "response"), ("question", "answer"))
+_MARK = "\u2063user text\u2063"
+
+
+def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each document of a file or of a dataset.
+
+    Args:
+        source: Path of a file, or `hf:NAME[:CONFIG]:SPLIT` for a dataset.
+        tokenizer: Its chat template is used where it has one.
+
+    Raises:
+        CalibrationError: no such file, or nothing in it that we can read.
+    """
+    for record in _records(source):
+        chat = _chat(record)
+        if chat is not None and tokenizer.chat_template:
+            yield tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False).input_ids
+        elif chat is not None:
+            yield tokenizer("\n\n".join(turn["content"] for turn in chat)).input_ids
+        elif isinstance(record.get("text"), str):
+            yield tokenizer(record["text"], verbose=False).input_ids
+        else:
+            raise CalibrationError(f"{source}: a record with keys {', '.join(record)} has no text, messages or question")
+
+
+def windows(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, window_tokens: int, most_tokens: int
+) -> Int[Tensor, "n t"]:
+    """Documents end to end, cut into whole windows.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    ids: list[int] = []
+    for document in documents(source, tokenizer):
+        ids += document
+        if len(ids) >= most_tokens:
+            break
+    count = min(len(ids), most_tokens) // window_tokens
+    if count == 0:
+        raise CalibrationError(f"{source} has {len(ids)} tokens, fewer than one window of {window_tokens}")
+    return torch.tensor(ids[: count * window_tokens]).view(count, window_tokens)
+
+
+def self_written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int = 64,
+    window_tokens: int = 256,
+    seed: int = 0,
+    cache: Path | None = None,
+    track: Any = untracked,
+) -> Int[Tensor, "n t"]:
+    """Text that the model writes itself, sampled at temperature 1, all windows in one batch.
+
+    A chat model starts in the user's place of its chat template and writes both sides; another starts at its first
+    token. End tokens do not stop it, so that windows are whole.
+
+    Args:
+        model: As it stands; the windows are of its own distribution.
+        tokenizer: With or without a chat template.
+        count: Windows, which run as one batch.
+        window_tokens: Tokens in each.
+        seed: Of the sampling; the global generator is left as it was.
+        cache: Folder that keeps the text, by model, sizes and seed; None keeps nothing.
+        track: As in `Context`.
+    """
+    path = None
+    if cache is not None:
+        path = cache / f"self-{_fingerprint(model)}-{count}x{window_tokens}-{seed}.json"
+        if path.is_file():
+            return torch.tensor(json.loads(path.read_text()))
+    start = _first_ids(model, tokenizer)
+    ids = torch.tensor([start], device=model.device).expand(count, -1)
+    generator = torch.Generator().manual_seed(seed)
+    output = None
+    written = [ids.cpu()]
+    with torch.inference_mode():
+        for _ in track(range(window_tokens - len(start)), "write calibration text"):
+            past = None if output is None else output.past_key_values
+            output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            probability = output.logits[:, -1].float().softmax(-1).cpu()
+            ids = torch.multinomial(probability, 1, generator=generator).to(model.device)
+            written.append(ids.cpu())
+    result = torch.cat(written, dim=1)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".partial")
+        fresh.write_text(json.dumps(result.tolist()))
+        fresh.replace(path)
+    return result
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Int[Tensor, "1 t"]:
+    """Ids of a prompt, in the chat template where there is one."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+def _first_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What self-written text starts from."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": _MARK}]
+        opening = tokenizer.apply_chat_template(chat, tokenize=False).split(_MARK)[0]
+        return tokenizer(opening, add_special_tokens=False).input_ids
+    config: GenerationConfig = model.generation_config
+    first = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_token_id
+    if first is None:
+        raise CalibrationError("the tokenizer has neither a chat template nor a first token: give a calibration file")
+    return [first]
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Of the config and of a sample of every tensor: two models that differ do not share their text."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.flatten()[:4096].float().sum()):.6e}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _records(source: str | Path) -> Iterable[dict[str, Any]]:
+    if str(source).startswith("hf:"):
+        from datasets import load_dataset  # heavy, and seldom needed
+
+        *name, split = str(source)[3:].split(":")
+        return load_dataset(*name, split=split, streaming=True)
+    path = Path(source)
+    if not path.is_file():
+        raise CalibrationError(f"no text file {path}; give a .txt, .json or .jsonl file, hf:NAME:SPLIT, or {SELF!r}")
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return json.loads(content)
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in content.splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    return [{"text": content}]
+
+
+def _chat(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    """A record as turns of a chat, None where it is plain text."""
+    if "messages" in record:
+        return record["messages"]
+    for question, answer in _PAIRS:
+        if question in record and answer in record:
+            asked = "\n\n".join(filter(None, (record[question], record.get("input"))))
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": record[answer]}]
+    return None
