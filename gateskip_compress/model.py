@@ -152,6 +152,7 @@ def attend(
     values: Float[Tensor, "b h s k"],
     rope: tuple[Tensor, Tensor],
     mask: Tensor | None,
+    positions: Int[Tensor, "c t"],
 ) -> Float[Tensor, "n d"]:
     """Attention output of the kept tokens alone, in row-major order of `keep`; the others have no query at all.
 
@@ -166,8 +167,9 @@ def attend(
         values: All values.
         rope: Cosine and sine of each position.
         mask: What the model gave the block: boolean or additive (b or 1, 1, t, s), or None where causal order is all.
+        positions: Place of each token in its sequence, one row for all or one each.
     """
-    b, t, _ = x.shape
+    b = x.shape[0]
     row, column = keep.nonzero(as_tuple=True)
     cos, sin = (part.expand(b, -1, -1)[row, column] for part in rope)  # (n, k)
     query = attention.q_proj(x[row, column]).view(len(row), -1, attention.head_dim)  # (n, h, k)
@@ -175,19 +177,19 @@ def attend(
         query = attention.q_norm(query)
     query = _rotate(query, cos, sin)
     if b == 1:
-        packed, slot, position = query[None], None, column[None]
+        packed, slot, where = query[None], None, column[None]
     else:
         slot = keep.cumsum(dim=1)[row, column] - 1
         longest = int(slot.max()) + 1
         packed = query.new_zeros(b, longest, *query.shape[1:])
         packed[row, slot] = query
-        position = torch.zeros(b, longest, dtype=torch.long, device=x.device)
-        position[row, slot] = column
+        where = torch.zeros(b, longest, dtype=torch.long, device=x.device)
+        where[row, slot] = column
     mixed = F.scaled_dot_product_attention(
         packed.transpose(1, 2),  # (b, h, n, k)
         keys,
         values,
-        attn_mask=_mask_rows(mask, position, t, keys.shape[2]),
+        attn_mask=_mask_rows(mask, where, positions, keys.shape[2]),
         scale=attention.scaling,
         enable_gqa=True,
     ).transpose(1, 2)
@@ -195,17 +197,20 @@ def attend(
     return attention.o_proj(mixed.reshape(len(row), -1))
 
 
-def _mask_rows(mask: Tensor | None, position: Int[Tensor, "b n"], t: int, s: int) -> Tensor | None:
-    """The mask's rows at `position`, (b, 1, n, s); None where every key may be seen."""
+def _mask_rows(
+    mask: Tensor | None, where: Int[Tensor, "b n"], positions: Int[Tensor, "c t"], s: int
+) -> Tensor | None:
+    """The mask's rows at the columns `where`, (b, 1, n, s); None where every key may be seen."""
+    b, t = where.shape[0], positions.shape[1]
     if mask is None:
         if t == 1:
             return None
-        causal = torch.arange(s, device=position.device) <= (position + (s - t))[..., None]
-        return causal[:, None]
+        absolute = positions.expand(b, -1).gather(1, where)  # a static cache has more keys than tokens so far
+        return (torch.arange(s, device=where.device) <= absolute[..., None])[:, None]
     if mask.shape[2] == 1:
         return mask[..., :s]
-    rows = torch.arange(position.shape[0], device=position.device)[:, None]
-    return mask.expand(position.shape[0], -1, -1, -1)[rows, 0, position][:, None, :, :s]
+    rows = torch.arange(b, device=where.device)[:, None]
+    return mask.expand(b, -1, -1, -1)[rows, 0, where][:, None, :, :s]
 
 
 def _rotate(x: Float[Tensor, "*b h k"], cos: Float[Tensor, "*c k"], sin: Float[Tensor, "*c k"]) -> Tensor:

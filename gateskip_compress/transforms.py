@@ -6,12 +6,12 @@ from .names import nearest
 from .pruning.transform import Prune
 from .quantization.transform import Quantize
 from .speculation.transform import SelfSpeculation
-from .step import Transform
 
-TRANSFORMS: dict[str, type[Transform]] = {t.name: t for t in (Prune, GateSkip, Quantize, SelfSpeculation)}
+AnyTransform = Prune | GateSkip | Quantize | SelfSpeculation
+TRANSFORMS: dict[str, type[AnyTransform]] = {t.name: t for t in (Prune, GateSkip, Quantize, SelfSpeculation)}
 
 
-def transform_named(name: str) -> type[Transform]:
+def transform_named(name: str) -> type[AnyTransform]:
     """The transform of a name.
 
     Raises:

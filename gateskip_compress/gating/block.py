@@ -74,7 +74,10 @@ class GatedBlock(nn.Module):
         if branch.kind == "attention":
             rope, cache = given["position_embeddings"], given.get("past_key_values")
             keys, values = project_kv(body, x, rope, cache)
-            out = attend(body, x, keep, keys, values, rope, given.get("attention_mask")) if len(kept) else None
+            out = None
+            if len(kept):
+                mask = given.get("attention_mask")
+                out = attend(body, x, keep, keys, values, rope, mask, given["position_ids"])
         else:
             out = body(flat_x.index_select(0, kept)) if len(kept) else None
         flat = hidden.flatten(0, 1)

@@ -1,9 +1,15 @@
-"""Fit every gate of a model in closed form, from one pass over calibration text (DESIGN fact 3).
+"""Fit every gate of a model in closed form, from one pass over calibration text.
+
+A score predicts what a skip loses against what it saves: the effect of `closed_form`, less half the log of the
+multiply-adds that one skip saves. One threshold over all branches then removes the executions with the least squared
+effect per multiply-add. Without the second term cheap attention goes first and far more branches must be skipped for
+the same saving.
 
 Surrogates are solved from the first windows, scores from the rest: so a score learns what its surrogate loses on tokens
 that the surrogate has not seen.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
+from ..macs import branch_costs
 from ..model import Branch, blocks, branches, width
 from ..step import Context
 from .closed_form import Moments, effect, reduced_rank, regress
@@ -73,10 +80,13 @@ def fit_gates(model: PreTrainedModel, surrogate: Surrogate, rank: int, context: 
         effects[layer, kind].add(x, lost[:, None])
 
     _watch(model, windows[split:], see_effects, context, "fit scores")
+    costs = branch_costs(model, windows.shape[1])
     for layer, kind in keys:
+        gate = gates[layer][kind]
         slope, intercept = regress(effects.pop((layer, kind)), RIDGE)
-        gates[layer][kind].score_weight.data.copy_(slope[:, 0])
-        gates[layer][kind].score_bias.data.copy_(intercept)
+        saved = max(1, costs[kind].kept - gate.replace_macs)
+        gate.score_weight.data.copy_(slope[:, 0])
+        gate.score_bias.data.copy_(intercept - 0.5 * math.log(saved))
     return gates
 
 

@@ -33,10 +33,10 @@ class Gate(nn.Module):
             self.up = nn.Parameter(torch.zeros(width, rank), requires_grad=False)
 
     def score(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
-        """How much each token needs the branch: the predicted effect of a skip; low scores skip."""
+        """How much each token needs the branch: what a skip is predicted to lose for what it saves; low scores skip."""
         return F.linear(x.float(), self.score_weight.float()[None], self.score_bias.float()).squeeze(-1)
 
-    def replace(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"] | None:
+    def replace(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"] | None:
         """What each token adds to the stream when it skips; None is nothing."""
         if self.surrogate == "zero":
             return None

@@ -42,7 +42,7 @@ class Acceptance:
 @torch.inference_mode()
 def self_speculative(
     model: PreTrainedModel,
-    input_ids: Int[Tensor, "1 t"],
+    input_ids: Int[Tensor, "b t"],
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -52,7 +52,7 @@ def self_speculative(
     acceptance: Acceptance | None = None,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
-) -> Int[Tensor, "1 u"]:
+) -> Int[Tensor, "b u"]:
     """Decode greedily; pass it as `model.generate(ids, custom_generate=self_speculative, draft_budget=0.6)`.
 
     Args:

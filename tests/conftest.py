@@ -1,0 +1,25 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, compress, tiny
+
+from gateskip_compress import GateSkip
+
+
+torch.set_num_threads(1)  # tiny products lose more to threads than they gain
+
+
+@pytest.fixture(scope="session", params=list(FAMILY_CONFIGS))
+def gated_once(request):
+    return compress(tiny(request.param), GateSkip(budget=0.6, rank=4))
+
+
+@pytest.fixture
+def gated(gated_once):
+    """A gated model of each family at about half of its branch executions."""
+    return deepcopy(gated_once)

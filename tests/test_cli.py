@@ -1,0 +1,137 @@
+import json
+
+import pytest
+import yaml
+from tiny_models import compress, tiny, tiny_tokenizer
+
+import gateskip_compress as g
+from gateskip_compress import cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A plain model, a compressed one made from it, a text and a recipe."""
+    place = tmp_path_factory.mktemp("cli")
+    tiny().save_pretrained(place / "plain")
+    tiny_tokenizer().save_pretrained(place / "plain")
+    model = compress(tiny(), g.GateSkip(budget=0.9, rank=4), g.Quantize(group_size=32), g.SelfSpeculation(0.6, 2))
+    model.gateskip.original["source"] = str(place / "plain")
+    model.save_pretrained(place / "small")
+    (place / "text.txt").write_text(" ".join(f"w{3 + i * 7 % 90}" for i in range(400)))
+    recipe = {
+        "model": str(place / "plain"),
+        "calibration": {"windows": 4, "window_tokens": 24},
+        "evaluation": {"text": "text.txt", "window_tokens": 32, "most_tokens": 128},
+        "bench": {"prompt_tokens": 8, "new_tokens": 4, "runs": 1},
+        "steps": [{"prune": {"blocks": 1}}, {"gateskip": {"budget": 0.9, "rank": 4}}, {"quantize": {"group_size": 32}}],
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return place
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line here; returns exit code, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["gateskip", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_generate_gives_the_same_with_and_without_speculation(call, place):
+    results = []
+    for flags in ([], ["--speculate"]):
+        code, out, err = call("generate", place / "small", "--prompt", "w5 w9", "--new-tokens", 12, "--json", *flags)
+        assert code == 0, err
+        results.append(json.loads(out))
+    assert results[0]["token_ids"] == results[1]["token_ids"]
+    assert results[0]["accepted_share"] is None
+    assert 0 <= results[1]["accepted_share"] <= 1
+
+
+def test_eval_compares_with_the_original(call, place):
+    flags = ("--text", place / "text.txt", "--window-tokens", 40, "--json")
+    code, out, err = call("eval", place / "small", *flags)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["kl_nats"] > 0
+    assert 0.85 < found["macs_share"] < 0.95
+    assert found["perplexity_low"] <= found["perplexity"] <= found["perplexity_high"]
+    _, out, _ = call("eval", place / "plain", *flags)
+    plain = json.loads(out)
+    assert plain["macs_share"] == 1
+    assert plain["kl_nats"] is None
+
+
+def test_bench_keeps_its_samples(call, place):
+    code, out, err = call("bench", place / "small", "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["prefill_s"]) == len(found["decode_s"]) == 2
+    assert found["peak_bytes"] > 0
+    assert found["disk_bytes"] == (place / "small" / "model.safetensors").stat().st_size
+
+
+def test_plan_writes_nothing(call, place):
+    before = sorted(place.rglob("*"))
+    code, out, err = call("plan", place / "recipe.yaml", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["steps"]) == 3
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_run_resumes_after_a_kill_and_reports(call, place, monkeypatch):
+    monkeypatch.setenv("GATESKIP_CACHE", str(place / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("gateskip_compress.quantization.transform.Quantize.apply", _interrupt)
+        code, _, err = call("run", place / "recipe.yaml", "--out", place / "run")
+    assert code == 2
+    assert "interrupted" in err
+    assert not (place / "run" / "model").exists()
+    kept = (place / "run" / "steps" / "2-gateskip" / "stage.json").stat().st_mtime_ns
+    code, out, err = call("run", place / "recipe.yaml", "--out", place / "run")
+    assert code == 0, err
+    assert (place / "run" / "steps" / "2-gateskip" / "stage.json").stat().st_mtime_ns == kept
+    report = json.loads((place / "run" / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["original", "prune", "gateskip", "quantize"]
+    assert report["stages"][-1]["macs_share"] < report["stages"][1]["macs_share"] < 1
+    code, out, _ = call("inspect", place / "run" / "model", "--json")
+    assert json.loads(out)["whole"]
+    code, _, err = call("run", place / "recipe.yaml", "--out", place / "run", "--set", "seed=1")
+    assert code == 2
+    assert "another recipe" in err
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "absent.yaml", "--out", "x"), "no recipe absent.yaml"),
+        (("generate", "./absent", "--prompt", "a"), "no such folder"),
+        (("generate", "{small}", "--prompt", "a", "--budget", "0"), "budget 0.0 must be above 0"),
+        (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
+        (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
+        (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
+        (("eval", "{small}", "--text", "{text}", "--window-tokens", "9999"), "fewer than one window of 9999"),
+        (("inspect", "{plain}"), "not a checkpoint of ours"),
+        (("report", "{plain}"), "not a finished run"),
+        (("bench", "{small}", "--runs", "0"), "--runs 0 must be at least 1"),
+        (("plan", "{recipe}", "--set", "quantize.group_size=48"), "48 must be one of 32, 64, 128"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, call, place):
+    names = {"small": place / "small", "plain": place / "plain", "text": place / "text.txt", "recipe": place / "recipe.yaml"}
+    code, out, err = call(*(str(a).format(**names) for a in arguments))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
