@@ -1,4 +1,4 @@
-"""Composable compression of pretrained decoder-only language models; importing it lets transformers load its checkpoints."""
+"""Composable compression of decoder-only language models; importing it lets transformers load the results."""
 
 from .checkpoint import manifest_of as manifest_of
 from .errors import CalibrationError as CalibrationError

@@ -146,8 +146,13 @@ def card(manifest: Manifest) -> str:
     lines += ["Made by gateskip-compress. Steps, in order:", ""]
     lines += [f"{i}. `{transform!r}`" for i, transform in enumerate(manifest.transforms, 1)]
     if manifest.needs_rebuilding:
-        lines += ["", "Load it with `import gateskip_compress` and then `AutoModelForCausalLM.from_pretrained(folder)`."]
-        lines += ["Plain transformers, vLLM and GPTQModel cannot load it: gates and 4-bit codes are this package's own."]
+        lines += [
+            "",
+            "Load it with `import gateskip_compress` and then `AutoModelForCausalLM.from_pretrained(folder)`.",
+        ]
+        lines += [
+            "Plain transformers, vLLM and GPTQModel cannot load it: gates and 4-bit codes are this package's own."
+        ]
     else:
         lines += ["", "A plain model: transformers loads it without this package."]
     if manifest.measured:

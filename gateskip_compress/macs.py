@@ -72,6 +72,8 @@ def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
     return len(blocks(model)) * sum(c.always + c.kept for c in costs.values()) + head.in_features * head.out_features
 
 
-def _sdpa_flop(query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: object, **__: object) -> int:
+def _sdpa_flop(
+    query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: object, **__: object
+) -> int:
     heads = (query_shape[0], query_shape[1])  # grouped keys are shared, but every query head does its own products
     return sdpa_flop_count(query_shape, (*heads, *key_shape[2:]), (*heads, *value_shape[2:]))

@@ -5,8 +5,8 @@ A block is a pre-norm decoder layer with two branches in sequence,
     h = h + post_a(attention(norm_a(h)))
     h = h + post_m(mlp(norm_m(h)))
 
-where the post-norms exist in some families only (Gemma 3). Parallel branches (GPT-NeoX), learned positions (GPT-2, OPT),
-fused projections (Phi-3) and soft-capped attention (Gemma 2) are left out; they raise `UnsupportedModel`.
+where the post-norms exist in some families only (Gemma 3). Parallel branches (GPT-NeoX), learned positions (GPT-2,
+OPT), fused projections (Phi-3) and soft-capped attention (Gemma 2) are left out; they raise `UnsupportedModel`.
 """
 
 from dataclasses import dataclass
@@ -197,9 +197,7 @@ def attend(
     return attention.o_proj(mixed.reshape(len(row), -1))
 
 
-def _mask_rows(
-    mask: Tensor | None, where: Int[Tensor, "b n"], positions: Int[Tensor, "c t"], s: int
-) -> Tensor | None:
+def _mask_rows(mask: Tensor | None, where: Int[Tensor, "b n"], positions: Int[Tensor, "c t"], s: int) -> Tensor | None:
     """The mask's rows at the columns `where`, (b, 1, n, s); None where every key may be seen."""
     b, t = where.shape[0], positions.shape[1]
     if mask is None:

@@ -62,7 +62,9 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         "blocks": layers,
         "steps": steps,
         "calibration_tokens": tokens,
-        "estimated_calibration_text_seconds": round(tokens * per_token / rate, 1) if recipe.calibration.text == "self" else 0,
+        "estimated_calibration_text_seconds": round(tokens * per_token / rate, 1)
+        if recipe.calibration.text == "self"
+        else 0,
         "estimated_measuring_seconds": round(measured, 1),
         "estimated_peak_bytes": int(2.5 * parameters * float_bytes),
         "estimated_disk_bytes": int(disk),

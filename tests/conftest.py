@@ -10,7 +10,6 @@ from tiny_models import FAMILY_CONFIGS, compress, tiny
 
 from gateskip_compress import GateSkip
 
-
 torch.set_num_threads(1)  # tiny products lose more to threads than they gain
 
 

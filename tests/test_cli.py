@@ -129,7 +129,12 @@ def _interrupt(*_):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, call, place):
-    names = {"small": place / "small", "plain": place / "plain", "text": place / "text.txt", "recipe": place / "recipe.yaml"}
+    names = {
+        "small": place / "small",
+        "plain": place / "plain",
+        "text": place / "text.txt",
+        "recipe": place / "recipe.yaml",
+    }
     code, out, err = call(*(str(a).format(**names) for a in arguments))
     assert code == 2
     assert message in err

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_damage_is_found_before_anything_loads(folder):
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    for load in (AutoModelForCausalLM.from_pretrained, g.load, lambda path: read_manifest(folder)):
+    for load in (AutoModelForCausalLM.from_pretrained, g.load, lambda path: read_manifest(Path(path))):
         with pytest.raises(g.CheckpointError, match=r"model\.safetensors is damaged"):
             load(str(folder))
 
@@ -101,7 +102,7 @@ def test_without_its_manifest_it_does_not_load(folder):
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model, _ = g.load(str(folder))
-    monkeypatch.setattr("gateskip_compress.checkpoint.card", lambda manifest: 1 / 0)
+    monkeypatch.setattr("gateskip_compress.checkpoint.card", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -119,5 +120,5 @@ def test_unknown_families_are_named():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50))
-    with pytest.raises(g.UnsupportedModel, match="no blocks|'gpt2' is not supported"):
+    with pytest.raises(g.UnsupportedModel, match=r"no blocks|'gpt2' is not supported"):
         compress(model, GATE)

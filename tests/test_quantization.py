@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tiny_models import compress, tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import compress, tiny, tokens
 
 import gateskip_compress as g
 from gateskip_compress.quantization.int4 import dequantize, pack, quantize, unpack
-from gateskip_compress.quantization.linear import Int4Linear
+from gateskip_compress.quantization.linear import Int4Linear, unpacked
 
 
 def naive(weight, group_size, symmetric):
@@ -89,3 +89,14 @@ def test_only_projections_in_blocks_are_quantized():
     assert len(names) == 4 * 7
     assert not any("gates" in name or "lm_head" in name for name in names)
     assert torch.isfinite(model(tokens(1, 8)).logits).all()
+
+
+def test_unpacking_changes_speed_alone():
+    model = compress(tiny(), g.Quantize(group_size=32))
+    ids = tokens(1, 8)
+    packed = model(ids).logits
+    with unpacked(model):
+        assert torch.equal(model(ids).logits, packed)
+        held = [module._held for module in model.modules() if isinstance(module, Int4Linear)]
+        assert all(matrix is not None for matrix in held)
+    assert all(module._held is None for module in model.modules() if isinstance(module, Int4Linear))

@@ -1,7 +1,7 @@
 """How a gated block runs: everything and a mask (the reference), or only the tokens that are kept.
 
-For each branch, with x = norm(h), a token is kept when score(x) > threshold, or when it is the first of its sequence (the
-attention sink, DESIGN fact 2; skipping it ruins all later tokens), and
+For each branch, with x = norm(h), a token is kept when score(x) > threshold, or when it is the first of its sequence
+(the attention sink: skipping it ruins all later tokens), and
 
     h <- h + (post(body(x)) if kept else surrogate(x))
 

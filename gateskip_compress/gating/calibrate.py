@@ -89,7 +89,9 @@ def _savings(seen: list[Decision], saved: dict[str, int]) -> tuple[Float[Tensor,
     """Scores of all executions that may be skipped, lowest first, and what each skip would save."""
     movable = [decision.score[:, 1:].flatten() for decision in seen]  # first tokens never skip
     scores = torch.cat(movable)
-    savings = torch.cat([part.new_full(part.shape, saved[d.kind], dtype=torch.float64) for part, d in zip(movable, seen, strict=True)])
+    savings = torch.cat(
+        [part.new_full(part.shape, saved[d.kind], dtype=torch.float64) for part, d in zip(movable, seen, strict=True)]
+    )
     order = scores.argsort()
     return scores[order], savings[order]
 

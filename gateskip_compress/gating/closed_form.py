@@ -2,9 +2,9 @@
 
 For a branch with normalised input x, output y and residual h we fit, from calibration tokens,
 
-    surrogate(x) = b + U D x        rank r, minimises  E |y - surrogate(x)|^2                    (reduced-rank regression)
-    score(x)     = w x + c          minimises  E (effect - score(x))^2                           (ridge regression)
-    effect       = log(|y - surrogate(x)| / |h|)                                                 how much skipping loses
+    surrogate(x) = b + U D x        rank r, minimises  E |y - surrogate(x)|^2            (reduced-rank regression)
+    score(x)     = w x + c          minimises  E (effect - score(x))^2                   (ridge regression)
+    effect       = log(|y - surrogate(x)| / |h|)                                         how much skipping loses
 
 The reduced-rank solution projects the full least-squares solution on the leading directions of what it predicts
 (Izenman 1975). Everything is computed from second moments, so tokens stream through and are never stored.
@@ -88,9 +88,7 @@ def reduced_rank(
     return down.float(), up.float(), (y_mean - x_mean @ down @ up).float()
 
 
-def effect(
-    missed: Float[Tensor, "n d"], residual: Float[Tensor, "n d"]
-) -> Float[Tensor, " n"]:
+def effect(missed: Float[Tensor, "n d"], residual: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """log(|missed| / |residual|) of each token: what a skip would lose, relative to the stream it is added to."""
     tiny = torch.finfo(torch.float32).tiny
     return missed.float().norm(dim=-1).clamp_min(tiny).log() - residual.float().norm(dim=-1).clamp_min(tiny).log()

@@ -18,7 +18,7 @@ from ..model import blocks
 
 @dataclass(frozen=True)
 class Setting:
-    """One calibrated point: at `threshold`, `budget` of the multiply-adds and `executed` of the branch executions ran."""
+    """One calibrated point: at `threshold`, shares of multiply-adds (`budget`) and of branch executions that ran."""
 
     budget: float
     executed: float
@@ -70,11 +70,15 @@ class Dial:
     def threshold_of(self, budget: float) -> float | None:
         """The threshold that spends `budget`, straight between the neighbouring settings; None at 1."""
         if not 0 < budget <= 1:
-            raise ValueError(f"budget {budget} must be above 0 and at most 1: it is the share of multiply-adds that run")
+            raise ValueError(
+                f"budget {budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
+            )
         if budget == 1:
             return None
         if budget < self.floor:
-            raise ValueError(f"budget {budget} is below {self.floor:.3f}, the lowest that this model was calibrated for")
+            raise ValueError(
+                f"budget {budget} is below {self.floor:.3f}, the lowest that this model was calibrated for"
+            )
         if budget >= self.table[0].budget:
             return self.table[0].threshold
         above, below = next(pair for pair in pairwise(self.table) if pair[1].budget <= budget)

@@ -131,7 +131,13 @@ def _hold(held: dict[str, Tensor], _module: nn.Module, args: tuple[Tensor, ...],
 
 
 def _pass_on(
-    held: dict[str, Tensor], see: See, layer: int, branch: Branch, _module: nn.Module, _args: object, out: Tensor | tuple
+    held: dict[str, Tensor],
+    see: See,
+    layer: int,
+    branch: Branch,
+    _module: nn.Module,
+    _args: object,
+    out: Tensor | tuple,
 ) -> None:
     y = out[0] if isinstance(out, tuple) else out
     # the first token is never skipped, and its huge norms would bend every fit

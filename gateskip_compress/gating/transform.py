@@ -43,7 +43,9 @@ class GateSkip:
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} must be above 0 and at most 1: it is the share of multiply-adds that run")
+            raise ValueError(
+                f"budget {self.budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
+            )
         if self.surrogate not in SURROGATES:
             raise ValueError(f"surrogate {self.surrogate!r} must be one of {', '.join(SURROGATES)}")
         if self.rank < 1:
@@ -79,4 +81,6 @@ def _put_in(model: PreTrainedModel, gates: list[nn.ModuleDict], dial: Dial) -> N
 def _check_attention(model: PreTrainedModel) -> None:
     kernel = model.config._attn_implementation
     if kernel not in ("sdpa", "eager"):
-        raise UnsupportedModel(f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'")
+        raise UnsupportedModel(
+            f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
+        )

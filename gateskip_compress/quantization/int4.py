@@ -47,7 +47,9 @@ def quantize(weight: Float[Tensor, "o d"], group_size: int, symmetric: bool) -> 
     """
     check_group_size(group_size, weight.shape[1])
     if not torch.isfinite(weight).all():
-        raise ValueError(f"weight {tuple(weight.shape)} has {int((~torch.isfinite(weight)).sum())} NaN or infinite values")
+        raise ValueError(
+            f"weight {tuple(weight.shape)} has {int((~torch.isfinite(weight)).sum())} NaN or infinite values"
+        )
     groups = weight.float().unflatten(1, (-1, group_size))  # (o, g, group_size)
     if symmetric:
         scale = 2 * groups.abs().amax(-1) / _LEVELS

@@ -1,5 +1,8 @@
 """A linear layer that keeps its weight in 4 bits and dequantizes it when it runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +15,7 @@ class Int4Linear(nn.Module):
     """`y = x dequantize(W)ᵀ + b` with W as packed codes, scales and zero points.
 
     Saves memory and disk, not time: torch has no fast float32 × int4 product for CPUs, so each call writes the float
-    matrix out once. Symmetric weights store no zero points.
+    matrix out anew. `unpacked` trades the memory back for speed. Symmetric weights store no zero points.
 
     Args:
         in_features: Width of x.
@@ -34,6 +37,7 @@ class Int4Linear(nn.Module):
         self.scale = nn.Buffer(torch.zeros(out_features, groups, dtype=dtype))
         self.zero = None if symmetric else nn.Buffer(torch.zeros(out_features, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self._held: Tensor | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear, group_size: int, symmetric: bool) -> "Int4Linear":
@@ -65,9 +69,22 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
         """Dequantize, multiply."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight if self._held is None else self._held, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and grouping, for print(model)."""
         group_size = self.in_features // self.scale.shape[1]
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={group_size}"
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Hold the float matrix of every 4-bit layer inside the `with`: same numbers, float's speed, float's memory."""
+    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    try:
+        for layer in layers:
+            layer._held = layer.weight
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None

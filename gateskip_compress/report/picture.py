@@ -37,7 +37,9 @@ def draw(report: dict[str, Any], kind: str) -> bytes:
         axes.yaxis.set_minor_formatter(NullFormatter())
         values = [*y, *(row["perplexity"] for row in curve)]
         low, high = min(values) * 0.85, max(values) * 1.12
-        ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 5000) if low < tick < high]
+        ticks = [
+            tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000, 5000) if low < tick < high
+        ]
         axes.set_yticks(ticks)
         axes.set_ylim(low, high)
         axes.set_xlim(right=max(1.0, *x) * 1.12)

@@ -88,12 +88,15 @@ def verdict(report: dict[str, Any]) -> list[str]:
         if before and after:
             word = "faster" if after >= before else "slower"
             factor = max(after / before, before / after)
-            sentences.append(
-                f"{kind.capitalize()} went from {number(before, unit)} to {number(after, unit)} tokens/s ({factor:.2f} × {word})."
-            )
+            speeds = f"{number(before, unit)} to {number(after, unit)} tokens/s"
+            sentences.append(f"{kind.capitalize()} went from {speeds} ({factor:.2f} × {word}).")
     sentences.append(
         f"Held-out perplexity went from {number(first['perplexity'], 2)} to {number(last['perplexity'], 2)}"
-        + (f"; {share(last['top1_agreement'])} of next tokens agree with the original." if last["top1_agreement"] else ".")
+        + (
+            f"; {share(last['top1_agreement'])} of next tokens agree with the original."
+            if last["top1_agreement"]
+            else "."
+        )
     )
     return sentences
 

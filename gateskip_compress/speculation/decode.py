@@ -71,7 +71,7 @@ def self_speculative(
         Prompt and new tokens, equal to plain greedy decoding's.
 
     Raises:
-        ValueError: sampling, beams, a batch, a cache that cannot be rolled back, or a draft budget that is not below the
+        ValueError: sampling, beams, a batch, a cache that cannot be rolled back, or a draft budget not below the
             model's own.
         UnsupportedModel: the model has no gates.
     """
@@ -140,4 +140,6 @@ def _check(
     if draft_budget >= dial.budget:
         raise ValueError(f"draft_budget {draft_budget} must be below the budget that verifies, {dial.budget}")
     if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-        raise ValueError(f"{type(cache).__name__} cannot be rolled back here; use a DynamicCache without sliding windows")
+        raise ValueError(
+            f"{type(cache).__name__} cannot be rolled back here; use a DynamicCache without sliding windows"
+        )

@@ -32,7 +32,9 @@ class SelfSpeculation:
 
     def __post_init__(self) -> None:
         if not 0 < self.draft_budget < 1:
-            raise ValueError(f"draft_budget {self.draft_budget} must be between 0 and 1, and below the model's own budget")
+            raise ValueError(
+                f"draft_budget {self.draft_budget} must be between 0 and 1, and below the model's own budget"
+            )
         if self.draft_tokens < 1:
             raise ValueError(f"draft_tokens {self.draft_tokens} must be at least 1")
 
