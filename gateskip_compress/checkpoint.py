@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
@@ -96,7 +97,7 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
         raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest: Manifest = model.gateskip
+    manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         type(model).save_pretrained(model, partial_folder, **kwargs)
@@ -200,15 +201,16 @@ class GateSkipQuantizer(HfQuantizer):
         for transform, step in zip(self._manifest.transforms, self._manifest.steps, strict=True):
             transform.rebuild(model, step["record"])
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
         attach(model, self._manifest)
+        return model
 
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Yes."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gates and norms are plain parameters."""
         return True

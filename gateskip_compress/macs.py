@@ -68,8 +68,13 @@ def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[str, Branc
 def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
     """Multiply-adds of one token without any gate, output head included, over `context_tokens` keys."""
     costs = branch_costs(model, context_tokens)
-    head = model.get_output_embeddings()
-    return len(blocks(model)) * sum(c.always + c.kept for c in costs.values()) + head.in_features * head.out_features
+    return len(blocks(model)) * sum(c.always + c.kept for c in costs.values()) + head_macs(model)
+
+
+def head_macs(model: PreTrainedModel) -> int:
+    """Multiply-adds of one token's logits."""
+    rows, columns = model.get_output_embeddings().weight.shape  # pyright: ignore[reportOptionalMemberAccess]
+    return rows * columns
 
 
 def _sdpa_flop(

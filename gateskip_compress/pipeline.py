@@ -130,7 +130,7 @@ def start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
 def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
     """Apply one step in place and write it into the model's manifest."""
     record = step.apply(model, context)
-    manifest: Manifest = model.gateskip
+    manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
     attach(model, manifest)
     return record

@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import manifest_of
+from .checkpoint import Manifest
 from .errors import GateSkipError, PipelineError
 from .evaluate import evaluate
 from .gating.dial import budget, dial_of, is_gated
@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         "command": command,
         "recipe": recipe.model_dump(),
         "environment": environment(model),
-        "original": {**model.gateskip.original, "family": model.config.model_type},
+        "original": {**_manifest(model).original, "family": model.config.model_type},
         "evaluation": {
             "text": Path(recipe.evaluation.text).name,
             "tokens": stages[0]["tokens"],
@@ -96,6 +96,10 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     }
     write_report(report, out)
     return report
+
+
+def _manifest(model: PreTrainedModel) -> Manifest:
+    return model.gateskip  # pyright: ignore[reportReturnType]
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -179,7 +183,7 @@ def _stage(
         "macs_share": macs / whole,
         **{key: speed[key] for key in _SPEEDS},
         "disk_bytes": disk_bytes(folder),
-        "record": manifest_of(model).steps[-1]["record"] if step else {},
+        "record": _manifest(model).steps[-1]["record"] if step else {},
     }
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
         json.dump(stage, file, indent=1)

@@ -136,12 +136,12 @@ def _first_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": _MARK}]
         opening = tokenizer.apply_chat_template(chat, tokenize=False).split(_MARK)[0]
-        return tokenizer(opening, add_special_tokens=False).input_ids
+        return list(tokenizer(opening, add_special_tokens=False).input_ids)
     config: GenerationConfig = model.generation_config
     first = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_token_id
     if first is None:
         raise CalibrationError("the tokenizer has neither a chat template nor a first token: give a calibration file")
-    return [first]
+    return [first]  # pyright: ignore[reportReturnType]
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

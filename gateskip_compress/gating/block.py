@@ -38,15 +38,17 @@ class GatedBlock(nn.Module):
         if args:
             raise TypeError("a gated block takes its arguments by name, as the models of transformers 5 pass them")
         for branch in self.branches:
-            hidden_states = self._run(branch, hidden_states, kwargs)
+            hidden_states = self._run(branch, hidden_states, self.dial.threshold, kwargs)
         return hidden_states
 
-    def _run(self, branch: Branch, hidden: Float[Tensor, "b t d"], given: dict[str, Any]) -> Float[Tensor, "b t d"]:
+    def _run(
+        self, branch: Branch, hidden: Float[Tensor, "b t d"], threshold: float, given: dict[str, Any]
+    ) -> Float[Tensor, "b t d"]:
         """One branch: decide, compute, add to the stream."""
         x = getattr(self, branch.norm)(hidden)
-        gate: Gate = self.gates[branch.kind]
+        gate: Gate = self.gates[branch.kind]  # pyright: ignore[reportAssignmentType]
         score = gate.score(x)
-        keep = (score > self.dial.threshold) | (given["position_ids"] == 0)
+        keep = (score > threshold) | (given["position_ids"] == 0)
         if self.dial.decisions is not None:
             self.dial.decisions.append(Decision(self.layer, branch.kind, score, keep))
         if self.dial.masked or keep.all():

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..macs import branch_costs, ungated_macs_per_token
+from ..macs import branch_costs, head_macs, ungated_macs_per_token
 from ..model import blocks
 from ..step import Context
 from .dial import Decision, Setting, decisions
@@ -37,10 +37,12 @@ def calibrate(model: PreTrainedModel, context: Context) -> tuple[Setting, ...]:
     table: list[Setting] = []
     seen = observe(model, windows, threshold=float("-inf"))
     for target in context.track(BUDGETS, "calibrate thresholds"):
+        threshold = 0.0
         for _ in range(_PASSES):
-            threshold = threshold_for(model, seen, target, windows.shape[1])
-            if threshold is None:
+            found = threshold_for(model, seen, target, windows.shape[1])
+            if found is None:
                 return tuple(table)
+            threshold = found
             seen = observe(model, windows, threshold)
         at = spent(model, seen, windows.shape[1])
         if not table or at.budget < table[-1].budget:
@@ -61,7 +63,7 @@ def spent(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> 
     """Shares that the decisions amount to."""
     costs = branch_costs(model, context_tokens)
     tokens = sum(decision.keep.numel() for decision in seen) / (len(blocks(model)) * len(costs))
-    head = _head_macs(model)
+    head = head_macs(model)
     ran = tokens * head
     for decision in seen:
         cost, kept = costs[decision.kind], int(decision.keep.sum())
@@ -94,8 +96,3 @@ def _savings(seen: list[Decision], saved: dict[str, int]) -> tuple[Float[Tensor,
     )
     order = scores.argsort()
     return scores[order], savings[order]
-
-
-def _head_macs(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    return head.in_features * head.out_features

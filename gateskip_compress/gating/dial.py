@@ -99,7 +99,7 @@ def dial_of(model: PreTrainedModel) -> Dial:
     """
     if not is_gated(model):
         raise UnsupportedModel("this model has no gates; put a GateSkip step into its pipeline first")
-    return blocks(model)[0].dial
+    return blocks(model)[0].dial  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

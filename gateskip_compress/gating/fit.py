@@ -82,7 +82,7 @@ def fit_gates(model: PreTrainedModel, surrogate: Surrogate, rank: int, context: 
     _watch(model, windows[split:], see_effects, context, "fit scores")
     costs = branch_costs(model, windows.shape[1])
     for layer, kind in keys:
-        gate = gates[layer][kind]
+        gate: Gate = gates[layer][kind]  # pyright: ignore[reportAssignmentType]
         slope, intercept = regress(effects.pop((layer, kind)), RIDGE)
         saved = max(1, costs[kind].kept - gate.replace_macs)
         gate.score_weight.data.copy_(slope[:, 0])

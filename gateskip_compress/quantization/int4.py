@@ -51,11 +51,8 @@ def quantize(weight: Float[Tensor, "o d"], group_size: int, symmetric: bool) -> 
             f"weight {tuple(weight.shape)} has {int((~torch.isfinite(weight)).sum())} NaN or infinite values"
         )
     groups = weight.float().unflatten(1, (-1, group_size))  # (o, g, group_size)
-    if symmetric:
-        scale = 2 * groups.abs().amax(-1) / _LEVELS
-    else:
-        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        scale = (high - low) / _LEVELS
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    scale = 2 * groups.abs().amax(-1) / _LEVELS if symmetric else (high - low) / _LEVELS
     # a group of zeros, and one so small that its scale vanishes, are stored as zeros; the scale is rounded to the
     # weight's dtype first, so that codes fit the scale that is kept
     scale = scale.to(weight.dtype)

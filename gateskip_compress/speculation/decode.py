@@ -78,7 +78,7 @@ def self_speculative(
     step = getattr(model, "self_speculation", None)
     draft_budget = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
     draft_tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", None)
-    cache = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get("past_key_values")
     _check(model, input_ids, generation_config, cache, draft_budget, draft_tokens)
     acceptance = acceptance if acceptance is not None else Acceptance()
     ids, mask = input_ids, model_kwargs.get("attention_mask")

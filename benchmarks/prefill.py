@@ -1,0 +1,85 @@
+"""Prefill at skipped branch executions: compact against masked against the ungated model, with the ideal beside it.
+
+Timed: one forward pass over the prompt with a fresh cache, last logits only; the three variants in turn, so that drift
+of the machine hits all alike. Not timed: loading, tokenizing. Ideal is the ratio of multiply-adds, counted while running
+(full logits for all variants). One JSON object a variant goes to --out.
+
+    python benchmarks/prefill.py runs/demo/steps/2-gateskip --text FILE --out benchmarks/results/prefill.jsonl
+"""
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import DynamicCache
+
+import gateskip_compress as g
+from gateskip_compress.gating.calibrate import observe
+from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.measure import environment
+from gateskip_compress.text import windows
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of a gated checkpoint, not quantized")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--skipped", type=float, default=0.5, help="share of branch executions that are skipped")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    model, tokenizer = g.load(given.model)
+    ids = windows(given.text, tokenizer, given.tokens, given.tokens)
+    dial = dial_of(model)
+    threshold = dial.threshold
+    for _ in range(4):  # skipping moves later scores, so the threshold is found in a few passes
+        seen = observe(model, ids, -1e9 if threshold is None else threshold)
+        threshold = float(torch.cat([d.score.flatten() for d in seen]).quantile(given.skipped))
+    kept = torch.cat([d.keep.flatten() for d in observe(model, ids, threshold)]).float().mean().item()
+    variants = {
+        "ungated": (None, nullcontext),
+        "masked": (threshold, lambda: g.masked(model)),
+        "compact": (threshold, nullcontext),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    macs: dict[str, int] = {}
+    for run in range(given.runs + 1):
+        for name, (at, how) in variants.items():
+            dial.threshold = at
+            with how():
+                if run == 0:  # the warm-up counts
+                    macs[name] = g.count_macs(model, ids)
+                began = time.perf_counter()
+                model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+                if run > 0:
+                    samples[name].append(time.perf_counter() - began)
+    given.out.parent.mkdir(exist_ok=True)
+    with given.out.open("a") as out:
+        for name, seconds in samples.items():
+            row = {
+                "benchmark": "prefill",
+                "variant": name,
+                "tokens": given.tokens,
+                "batch": 1,
+                "executed_share": 1.0 if name == "ungated" else kept,
+                "median_s": median(seconds),
+                "tokens_per_s": given.tokens / median(seconds),
+                "compact_speedup": median(s / c for s, c in zip(seconds, samples["compact"], strict=True)),
+                "ideal_compact_speedup": macs[name] / macs["compact"],
+                "samples_s": seconds,
+                **environment(model),
+            }
+            out.write(json.dumps(row) + "\n")
+            pace, ideal = row["compact_speedup"], row["ideal_compact_speedup"]
+            print(f"{name:8} {row['tokens_per_s']:7.0f} tok/s; compact is {pace:.2f} × as fast, ideal {ideal:.2f} ×")
+
+
+if __name__ == "__main__":
+    main()
