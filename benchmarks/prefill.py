@@ -1,8 +1,8 @@
 """Prefill at skipped branch executions: compact against masked against the ungated model, with the ideal beside it.
 
-Timed: one forward pass over the prompt with a fresh cache, last logits only; the three variants in turn, so that drift
-of the machine hits all alike. Not timed: loading, tokenizing. Ideal is the ratio of multiply-adds, counted while running
-(full logits for all variants). One JSON object a variant goes to --out.
+Timed: one forward pass over the prompt with a fresh cache, last logits only; the three variants in turn, so that
+drift of the machine hits all alike. Not timed: loading, tokenizing. Ideal is the ratio of multiply-adds, counted while
+running (full logits for all variants). One JSON object a variant goes to --out.
 
     python benchmarks/prefill.py runs/demo/steps/2-gateskip --text FILE --out benchmarks/results/prefill.jsonl
 """
