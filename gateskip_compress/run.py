@@ -75,7 +75,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
     model.save_pretrained(out / "model")
     report = {
-        "name": Path(recipe.model).name if not recipe.prompts else recipe.model,
+        "name": recipe.model,
         "command": command,
         "recipe": recipe.model_dump(),
         "environment": environment(model),
@@ -221,15 +221,18 @@ def _speculation(recipe: Recipe, folder: Path, last: dict[str, Any]) -> dict[str
     """Speculative against plain decoding of the finished checkpoint, each in a fresh process, on the same prompts."""
     if last["name"] != "self_speculation":
         return None
-    same = True
+    same, drafted, accepted, verifies = True, 0, 0.0, 0
     for prompt in recipe.prompts:
         flags = ("generate", str(folder), "--prompt", prompt, "--new-tokens", "48", "--unpack")
-        same = same and _fresh(*flags)["token_ids"] == _fresh(*flags, "--speculate")["token_ids"]
+        speculative = _fresh(*flags, "--speculate")
+        same = same and _fresh(*flags)["token_ids"] == speculative["token_ids"]
+        drafted, verifies = drafted + speculative["drafted_tokens"], verifies + speculative["verifies"]
+        accepted += speculative["drafted_tokens"] * (speculative["accepted_share"] or 0)
     plain = _fresh("bench", str(folder), *_bench_flags(recipe))
     return {
         **last["settings"],
-        "accepted_share": last["accepted_share"],
-        "tokens_per_verify": last["tokens_per_verify"],
+        "accepted_share": accepted / drafted if drafted else None,
+        "tokens_per_verify": (accepted + verifies) / verifies if verifies else None,
         "identical_tokens": same if recipe.prompts else None,
         "decode_tokens_per_s": last["decode_tokens_per_s"],
         "plain_decode_tokens_per_s": plain["decode_tokens_per_s"],
