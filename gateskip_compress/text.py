@@ -154,7 +154,10 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 def _records(source: str | Path) -> Iterable[dict[str, Any]]:
     if str(source).startswith("hf:"):
-        from datasets import load_dataset  # heavy, and seldom needed
+        try:
+            from datasets import load_dataset  # heavy, and seldom needed
+        except ImportError as error:
+            raise CalibrationError(f"{source} needs the package datasets: pip install datasets") from error
 
         *name, split = str(source)[3:].split(":")
         return load_dataset(*name, split=split, streaming=True)
