@@ -2,7 +2,7 @@
 
 Timed: one forward pass over the prompt with a fresh cache, last logits only; the three variants in turn, so that
 drift of the machine hits all alike. Not timed: loading, tokenizing. Ideal is the ratio of multiply-adds, counted while
-running (full logits for all variants). One JSON object a variant goes to --out.
+running, less the logits that this pass does not compute. One JSON object a variant goes to --out.
 
     python benchmarks/prefill.py runs/demo/steps/2-gateskip --text FILE --out benchmarks/results/prefill.jsonl
 """
@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import observe
 from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.macs import head_macs
 from gateskip_compress.measure import environment
 from gateskip_compress.text import windows
 
@@ -55,7 +56,7 @@ def main() -> None:
             dial.threshold = at
             with how():
                 if run == 0:  # the warm-up counts
-                    macs[name] = g.count_macs(model, ids)
+                    macs[name] = g.count_macs(model, ids) - (given.tokens - 1) * head_macs(model)
                 began = time.perf_counter()
                 model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
                 if run > 0:
