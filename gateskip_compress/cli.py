@@ -45,9 +45,8 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
 
-        def track(items: Any, description: str) -> Any:
-            items = list(items)
-            return progress.track(items, total=len(items), description=description)
+        def track(items: Any, description: Any, total: int | None = None) -> Any:
+            return _track(progress, items, description, total)
 
         report = run_recipe(checked, out, command=command, track=track)
     table = Table(title=f"{checked.model}: {len(report['stages']) - 1} steps")
@@ -63,6 +62,15 @@ def run(
     )
     console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}.")
     console.print(f"Model: {out / 'model'}\nReport: {out / 'report.html'}, report.md, report.json", soft_wrap=True)
+
+
+def _track(progress: Any, items: Any, description: Any, total: int | None) -> Any:
+    """A loop with a bar on the screen; its description may change as it goes."""
+    describe = description if callable(description) else lambda: description
+    task = progress.add_task(describe(), total=len(items) if total is None else total)
+    for item in items:
+        yield item
+        progress.update(task, advance=1, description=describe())
 
 
 @app.command()
@@ -89,13 +97,13 @@ def evaluate_model(
     """Measure perplexity, distance from the original and multiply-adds on a text."""
     from .checkpoint import manifest_of
     from .evaluate import evaluate
-    from .macs import count_macs
+    from .macs import macs_per_token
     from .quantization.linear import unpacked
     from .source import load
-    from .text import windows
+    from .text import passages
 
     loaded, tokenizer = load(model)
-    held_out = windows(text, tokenizer, window_tokens, most_tokens)
+    held_out = passages(text, tokenizer, window_tokens, most_tokens)
     manifest = manifest_of(loaded)
     source = against or (manifest.original["source"] if manifest else None)
     original = None
@@ -103,11 +111,10 @@ def evaluate_model(
         original = _original(source, required=against is not None)
     with _turned(loaded, budget), unpacked(loaded):
         quality = evaluate(loaded, held_out, original)
-        macs = count_macs(loaded, held_out[:1]) / window_tokens
+        macs = macs_per_token(loaded, [passage.ids for passage in held_out])
     facts = manifest.original if manifest else None
-    whole = (
-        facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * window_tokens if facts else macs
-    )
+    keys = sum(len(p.ids) ** 2 for p in held_out) / sum(len(p.ids) for p in held_out)
+    whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * keys if facts else macs
     _show(
         {
             **asdict(quality),
@@ -135,7 +142,7 @@ def bench(
     from .quantization.linear import unpacked
     from .source import load
 
-    for name, value, least in (("prompt-tokens", prompt_tokens, 1), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
+    for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     loaded, _ = load(model)

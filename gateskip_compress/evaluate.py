@@ -1,13 +1,14 @@
 """Quality of a model on held-out text: perplexity, and how far it is from the original.
 
-    perplexity      exp of the mean negative log-likelihood of each next token
+    perplexity      exp of the mean negative log-likelihood of each scored token
     KL              mean over tokens of KL(original ‖ model), in nats
     top-1 agreement share of tokens where both put the same token first
 
-The interval of the perplexity is a bootstrap over windows (tokens of one text are not independent).
+The interval of the perplexity is a bootstrap over passages (tokens of one text are not independent).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .step import untracked
+from .losses import kl_divergence
+from .text import Passage
+from .track import untracked
 
 _RESAMPLES = 1000
 
@@ -37,51 +40,56 @@ class Quality:
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
-    windows: Int[Tensor, "n t"],
+    passages: Sequence[Passage],
     original: PreTrainedModel | None = None,
     track: Any = untracked,
 ) -> Quality:
-    """Run the windows through a model, and through the original beside it where that is given.
+    """Run passages through a model, and through the original beside it where that is given.
 
     Args:
         model: At the budget it is set to.
-        windows: Held-out text.
+        passages: Held-out text, see `text.passages`.
         original: What to compare with.
         track: As in `Context`.
     """
-    losses, divergences, agreements = [], [], []
-    for window in track(windows, "measure quality"):
-        ids = window[None].to(model.device)
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-        losses.append(F.cross_entropy(logits, ids[0, 1:]).item())
+    counts, losses, divergences, agreements = [], [], [], []
+    for passage in track(passages, "measure quality"):
+        places = passage.scored.nonzero().squeeze(1)
+        targets = passage.ids[places].to(model.device)
+        logits = _logits(model, passage, places)
+        counts.append(len(places))
+        losses.append(F.cross_entropy(logits, targets, reduction="sum").item())
         if original is not None:
-            reference = original(ids, use_cache=False).logits[0, :-1].float()
-            divergences.append(kl_divergence(reference, logits).mean().item())
-            agreements.append((reference.argmax(-1) == logits.argmax(-1)).float().mean().item())
-    low, high = bootstrap_interval(torch.tensor(losses, dtype=torch.float64))
+            reference = _logits(original, passage, places)
+            divergences.append(kl_divergence(reference, logits).sum().item())
+            agreements.append((reference.argmax(-1) == logits.argmax(-1)).sum().item())
+    tokens = sum(counts)
+    low, high = bootstrap_interval(torch.tensor(losses, dtype=torch.float64), torch.tensor(counts))
     return Quality(
-        tokens=windows.shape[0] * (windows.shape[1] - 1),
-        perplexity=math.exp(_mean(losses)),
+        tokens=tokens,
+        perplexity=math.exp(sum(losses) / tokens),
         perplexity_low=math.exp(low),
         perplexity_high=math.exp(high),
-        kl_nats=_mean(divergences) if divergences else None,
-        top1_agreement=_mean(agreements) if agreements else None,
+        kl_nats=sum(divergences) / tokens if divergences else None,
+        top1_agreement=sum(agreements) / tokens if agreements else None,
     )
 
 
-def kl_divergence(original: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    """KL(softmax(original) ‖ softmax(other)) of each row, in nats."""
-    p, q = original.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+def _logits(model: PreTrainedModel, passage: Passage, places: Int[Tensor, " n"]) -> Float[Tensor, "n v"]:
+    """What the model predicts for the tokens at `places`."""
+    ids, before = passage.ids[None].to(model.device), (places - 1).to(model.device)
+    return model(ids, use_cache=False, logits_to_keep=before).logits[0].float()
 
 
-def bootstrap_interval(values: Float[Tensor, " n"]) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling values with replacement; always the same draw."""
+def bootstrap_interval(sums: Float[Tensor, " n"], counts: Int[Tensor, " n"]) -> tuple[float, float]:
+    """95 % interval of a mean over all tokens, by resampling passages with replacement; always the same draw.
+
+    Args:
+        sums: Of each passage.
+        counts: Tokens of each passage.
+    """
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
-    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    draws = torch.randint(len(sums), (_RESAMPLES, len(sums)), generator=generator)
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=sums.dtype)).tolist()
     return low, high
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -13,9 +13,8 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest
 from .errors import GateSkipError, PipelineError
-from .evaluate import evaluate
+from .evaluate import Quality, evaluate
 from .gating.dial import budget, dial_of, is_gated
-from .macs import count_macs
+from .macs import macs_per_token
 from .measure import disk_bytes, environment
 from .pipeline import apply, settings, start
 from .quantization.linear import unpacked
 from .recipe import Recipe
 from .report import write_report
 from .source import cache_folder, load
-from .step import Context, Transform, untracked
-from .text import SELF, self_written, windows
+from .step import Context, Transform
+from .text import SELF, Passage, passages, self_written, windows
+from .track import untracked
 
 CURVE = (1.0, 0.9, 0.8, 0.7, 0.6)
+COUNTED_PASSAGES = 8
 EVALUATION_SEED = 1000
 """Added to the seed of self-written evaluation text, to hold it apart from calibration."""
 
@@ -56,7 +57,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     held_out = _evaluation(recipe, original, tokenizer, track)
     first = out / "steps" / "0-original"
     if not (first / "stage.json").is_file():
-        _stage(recipe, first, original, original, tokenizer, held_out, None, track)
+        _stage(recipe, first, original, original, tokenizer, held_out, None, None, track)
     model, done = None, 0
     folders = [out / "steps" / f"{i}-{step.name}" for i, step in enumerate(recipe.pipeline(), 1)]
     while done < len(folders) and (folders[done] / "stage.json").is_file():
@@ -67,13 +68,17 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     else:
         model, _ = load(str(folders[done - 1]))
         model.gateskip.tokenizer = tokenizer
+    before = json.loads(([first, *folders][done] / "stage.json").read_text())
     for step, folder in list(zip(recipe.pipeline(), folders, strict=True))[done:]:
-        _, taken = _timed(lambda step=step: apply(step, model, Context(calibration, recipe.seed, track)))
-        _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), track)
+        context = Context(calibration, recipe.seed, track, scratch=out / "steps" / "unfinished")
+        _, taken = _timed(lambda step=step, context=context: apply(step, model, context))
+        before = _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), before, track)
+        shutil.rmtree(out / "steps" / "unfinished", ignore_errors=True)
     stages = [json.loads((folder / "stage.json").read_text()) for folder in (first, *folders)]
     curve = _curve(model, original, held_out, track) if is_gated(model) else []
     model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
     model.save_pretrained(out / "model")
+    samples, speculation = _decoded(recipe, first, out / "model", stages[-1])
     report = {
         "name": recipe.model,
         "command": command,
@@ -83,15 +88,15 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         "evaluation": {
             "text": Path(recipe.evaluation.text).name,
             "tokens": stages[0]["tokens"],
+            "passages": len(held_out),
             "window_tokens": recipe.evaluation.window_tokens,
-            "note": "",
         },
         "calibration": {"text": recipe.calibration.text, "tokens": calibration.numel(), "seconds": seconds},
         "stages": stages,
         "bench": {**recipe.bench.model_dump(), "batch": 1},
         "curve": curve,
-        "speculation": _speculation(recipe, out / "model", stages[-1]),
-        "samples": _samples(recipe, first, out / "model"),
+        "speculation": speculation,
+        "samples": samples,
         "notes": _notes(recipe),
     }
     write_report(report, out)
@@ -134,11 +139,11 @@ def _calibration(
 
 def _evaluation(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Any
-) -> Int[Tensor, "n t"]:
+) -> list[Passage]:
     part = recipe.evaluation
     if part.text != SELF:
-        return windows(part.text, tokenizer, part.window_tokens, part.most_tokens)
-    return self_written(
+        return passages(part.text, tokenizer, part.window_tokens, part.most_tokens)
+    written = self_written(
         model,
         tokenizer,
         count=max(1, part.most_tokens // part.window_tokens),
@@ -147,6 +152,7 @@ def _evaluation(
         cache=cache_folder(),
         track=track,
     )
+    return [Passage.whole(window) for window in written]
 
 
 def _stage(
@@ -155,39 +161,44 @@ def _stage(
     model: PreTrainedModel,
     original: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Int[Tensor, "n t"],
+    held_out: Sequence[Passage],
     done: tuple[Transform, float] | None,
+    before: dict[str, Any] | None,
     track: Any,
-) -> None:
+) -> dict[str, Any]:
     """Save and measure the model as it stands after a step; stage.json comes last, and makes the step finished."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with unpacked(model):
-        quality = evaluate(model, held_out, original if model is not original else None, track)
-    sample = held_out[:1].to(model.device)
-    macs = count_macs(model, sample) // sample.numel()
-    whole = count_macs(original, sample) // sample.numel() if model is not original else macs
+    if done is None:  # a compressed model saves its tokenizer itself, under its manifest's hashes
+        tokenizer.save_pretrained(folder)
     step, seconds = done if done is not None else (None, None)
     speculates = step is not None and step.name == "self_speculation"
+    if before is not None and speculates:  # changes no weight
+        same = {key: before[key] for key in (*Quality.__annotations__, "macs_per_token", "macs_share")}
+    else:
+        with unpacked(model):
+            quality = evaluate(model, held_out, original if model is not original else None, track)
+        sample = _sample(held_out)
+        macs = macs_per_token(model, sample)
+        whole = macs_per_token(original, sample) if model is not original else macs
+        same = {**asdict(quality), "macs_per_token": round(macs), "macs_share": macs / whole}
     speed = _fresh("bench", str(folder), *_bench_flags(recipe), *(["--speculate"] if speculates else []))
     baseline = json.loads((folder.parent / "0-original" / "stage.json").read_text()) if step is not None else None
     stage = {
         "name": step.name if step else "original",
         "settings": settings(step) if step else {},
         "seconds": seconds,
-        **asdict(quality),
-        "perplexity_ratio": quality.perplexity / baseline["perplexity"] if baseline else 1.0,
-        "macs_per_token": macs,
-        "macs_share": macs / whole,
+        **same,
+        "perplexity_ratio": same["perplexity"] / baseline["perplexity"] if baseline else 1.0,
         **{key: speed[key] for key in _SPEEDS},
         "disk_bytes": disk_bytes(folder),
         "record": _manifest(model).steps[-1]["record"] if step else {},
     }
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-        json.dump(stage, file, indent=1)
-    Path(file.name).replace(folder / "stage.json")
+    partial = folder / "stage.partial"
+    partial.write_text(json.dumps(stage, indent=1))
+    partial.replace(folder / "stage.json")
+    return stage
 
 
 _SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "accepted_share", "tokens_per_verify")
@@ -204,51 +215,64 @@ def _bench_flags(recipe: Recipe) -> list[str]:
 
 
 def _curve(
-    model: PreTrainedModel, original: PreTrainedModel, held_out: Int[Tensor, "n t"], track: Any
+    model: PreTrainedModel, original: PreTrainedModel, held_out: Sequence[Passage], track: Any
 ) -> list[dict[str, Any]]:
-    """Quality over the dial of the finished model."""
-    rows, sample = [], held_out[:1].to(model.device)
-    whole = count_macs(original, sample)
-    few = held_out[: max(1, len(held_out) // 2)]
+    """Quality over the dial of the finished model, on every fourth passage."""
+    rows, sample, few = [], _sample(held_out), held_out[::4]
+    whole = macs_per_token(original, sample)
     for share in track([share for share in CURVE if share >= dial_of(model).floor], "turn the dial"):
         with budget(model, share), unpacked(model):
             quality = evaluate(model, few, original)
-            rows.append({"budget": share, "macs_share": count_macs(model, sample) / whole, **asdict(quality)})
+            rows.append({"budget": share, "macs_share": macs_per_token(model, sample) / whole, **asdict(quality)})
     return rows
 
 
-def _speculation(recipe: Recipe, folder: Path, last: dict[str, Any]) -> dict[str, Any] | None:
-    """Speculative against plain decoding of the finished checkpoint, each in a fresh process, on the same prompts."""
-    if last["name"] != "self_speculation":
-        return None
-    same, drafted, accepted, verifies = True, 0, 0.0, 0
+def _sample(held_out: Sequence[Passage]) -> list[Int[Tensor, " t"]]:
+    """What multiply-adds are counted over."""
+    return [passage.ids for passage in held_out[:COUNTED_PASSAGES]]
+
+
+def _decoded(
+    recipe: Recipe, first: Path, final: Path, last: dict[str, Any]
+) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
+    """The recipe's prompts as the original and the finished checkpoint go on from them, each in a fresh process.
+
+    Returns:
+        The texts; and, where the stack speculates, how that compares with decoding plainly.
+    """
+    speculates = last["name"] == "self_speculation"
+    samples, same, drafted, accepted, verifies = [], True, 0, 0.0, 0
     for prompt in recipe.prompts:
-        flags = ("generate", str(folder), "--prompt", prompt, "--new-tokens", "48", "--unpack")
-        speculative = _fresh(*flags, "--speculate")
-        same = same and _fresh(*flags)["token_ids"] == speculative["token_ids"]
-        drafted, verifies = drafted + speculative["drafted_tokens"], verifies + speculative["verifies"]
-        accepted += speculative["drafted_tokens"] * (speculative["accepted_share"] or 0)
-    plain = _fresh("bench", str(folder), *_bench_flags(recipe))
-    return {
+        flags = ("--prompt", prompt, "--new-tokens", "48", "--unpack")
+        plain = _fresh("generate", str(final), *flags)
+        samples.append(
+            {
+                "prompt": prompt,
+                "original": _fresh("generate", str(first), *flags)["text"],
+                "compressed": plain["text"],
+            }
+        )
+        if speculates:
+            draft = _fresh("generate", str(final), *flags, "--speculate")
+            same = same and plain["token_ids"] == draft["token_ids"]
+            drafted, verifies = drafted + draft["drafted_tokens"], verifies + draft["verifies"]
+            accepted += draft["drafted_tokens"] * (draft["accepted_share"] or 0)
+    if not speculates:
+        return samples, None
+    return samples, {
         **last["settings"],
         "accepted_share": accepted / drafted if drafted else None,
         "tokens_per_verify": (accepted + verifies) / verifies if verifies else None,
         "identical_tokens": same if recipe.prompts else None,
         "decode_tokens_per_s": last["decode_tokens_per_s"],
-        "plain_decode_tokens_per_s": plain["decode_tokens_per_s"],
+        "plain_decode_tokens_per_s": _fresh("bench", str(final), *_bench_flags(recipe))["decode_tokens_per_s"],
     }
-
-
-def _samples(recipe: Recipe, first: Path, final: Path) -> list[dict[str, str]]:
-    def text(folder: Path, prompt: str) -> str:
-        return _fresh("generate", str(folder), "--prompt", prompt, "--new-tokens", "48", "--unpack")["text"]
-
-    return [{"prompt": p, "original": text(first, p), "compressed": text(final, p)} for p in recipe.prompts]
 
 
 def _notes(recipe: Recipe) -> list[str]:
     notes = [
-        "Multiply-adds are counted while running, over the first evaluation window, output head included.",
+        f"Multiply-adds are counted while running, over the first {COUNTED_PASSAGES} evaluation passages, output head "
+        "included.",
         "Self-speculation decodes exactly what the compressed model decodes plainly; it does not recover the original.",
         "4-bit layers were timed unpacked to float (--unpack): disk shrinks, memory and speed stay float's. Packed, "
         "the default elsewhere, they save memory and run slower: torch has no fast float32 × int4 product for CPUs.",

@@ -1,18 +1,20 @@
 """What a step of a pipeline is: a frozen dataclass that changes a model in place and says what it did."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .text import Passage
+from .track import untracked
+
 Record = dict[str, Any]
 """JSON types only: what a step did, enough to build the same structure again without data or weights."""
-
-T = TypeVar("T")
 
 
 class Stage(IntEnum):
@@ -24,11 +26,6 @@ class Stage(IntEnum):
     DECODE = 4
 
 
-def untracked(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:  # noqa: ARG001 the protocol of `Context.track`
-    """Show no progress."""
-    return items
-
-
 @dataclass(frozen=True)
 class Context:
     """What a step may use besides the model.
@@ -36,12 +33,16 @@ class Context:
     Args:
         calibration: Token ids, whole windows without padding.
         seed: For anything random.
-        track: Wraps a loop to show its progress; called with the items, a description and perhaps their number.
+        track: Wraps a loop to show its progress, as `untracked` does not.
+        passages: What steps that train are trained on; none means the calibration windows.
+        scratch: Folder for states of long work, from which an interrupted step goes on; None keeps nothing.
     """
 
     calibration: Int[Tensor, "n t"]
     seed: int = 0
     track: Callable[..., Iterable[Any]] = untracked
+    passages: Sequence[Passage] = ()
+    scratch: Path | None = None
 
 
 @runtime_checkable

