@@ -18,8 +18,8 @@ import torch
 from transformers import DynamicCache
 
 import gateskip_compress as g
-from gateskip_compress.gating.calibrate import observe
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.calibrate import everywhere, observe
+from gateskip_compress.gating.dial import RUN_ALL, dial_of
 from gateskip_compress.macs import head_macs
 from gateskip_compress.measure import environment
 from gateskip_compress.text import windows
@@ -39,21 +39,21 @@ def main() -> None:
     model, tokenizer = g.load(given.model)
     ids = windows(given.text, tokenizer, given.tokens, given.tokens)
     dial = dial_of(model)
-    threshold = dial.threshold
+    thresholds = everywhere(model, RUN_ALL)
     for _ in range(4):  # skipping moves later scores, so the threshold is found in a few passes
-        seen = observe(model, ids, -1e9 if threshold is None else threshold)
-        threshold = float(torch.cat([d.score.flatten() for d in seen]).quantile(given.skipped))
-    kept = torch.cat([d.keep.flatten() for d in observe(model, ids, threshold)]).float().mean().item()
+        seen = observe(model, ids, thresholds)
+        thresholds = everywhere(model, float(torch.cat([d.score.flatten() for d in seen]).quantile(given.skipped)))
+    kept = torch.cat([d.keep.flatten() for d in observe(model, ids, thresholds)]).float().mean().item()
     variants = {
         "ungated": (None, nullcontext),
-        "masked": (threshold, lambda: g.masked(model)),
-        "compact": (threshold, nullcontext),
+        "masked": (thresholds, lambda: g.masked(model)),
+        "compact": (thresholds, nullcontext),
     }
     samples: dict[str, list[float]] = {name: [] for name in variants}
     macs: dict[str, int] = {}
     for run in range(given.runs + 1):
         for name, (at, how) in variants.items():
-            dial.threshold = at
+            dial.thresholds = at
             with how():
                 if run == 0:  # the warm-up counts
                     macs[name] = g.count_macs(model, ids) - (given.tokens - 1) * head_macs(model)

@@ -5,10 +5,12 @@ from .errors import CalibrationError as CalibrationError
 from .errors import CheckpointError as CheckpointError
 from .errors import GateSkipError as GateSkipError
 from .errors import PipelineError as PipelineError
+from .errors import TrainingError as TrainingError
 from .errors import UnsupportedModel as UnsupportedModel
 from .evaluate import evaluate as evaluate
 from .gating.dial import budget as budget
 from .gating.dial import masked as masked
+from .gating.train import Training as Training
 from .gating.transform import GateSkip as GateSkip
 from .macs import count_macs as count_macs
 from .pipeline import Pipeline as Pipeline

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
 from .step import Stage, Transform
-from .transforms import transform_named
+from .transforms import build
 
 MANIFEST = "gateskip.json"
 CARD = "README.md"
@@ -55,7 +55,7 @@ class Manifest:
     @property
     def transforms(self) -> list[Transform]:
         """The steps as transforms."""
-        return [transform_named(step["name"])(**step["settings"]) for step in self.steps]
+        return [build(step["name"], step["settings"]) for step in self.steps]
 
     @property
     def needs_rebuilding(self) -> bool:
@@ -108,9 +108,12 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
         (partial_folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         (partial_folder / CARD).write_text(card(manifest))
         partial_folder.chmod(0o755)  # mkdtemp makes it private
+        # the old checkpoint goes aside first, so that a kill in between deletes neither
+        old = partial_folder.with_name(f"{partial_folder.name}.old")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         partial_folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@
     ├── UnsupportedModel   the model lacks a part that we need, or its family is unknown
     ├── PipelineError      steps in an order or a combination that cannot work; a recipe that cannot be read
     ├── CalibrationError   text that is missing, too short or not readable
+    ├── TrainingError      a loss that is not finite
     └── CheckpointError    a folder that is not a whole, undamaged checkpoint
 
 A single argument out of its range is a `ValueError`. The command line turns all of these into one line and exit code 2.
@@ -28,3 +29,7 @@ class CalibrationError(GateSkipError):
 
 class CheckpointError(GateSkipError):
     """A checkpoint folder is incomplete, damaged or written by something else."""
+
+
+class TrainingError(GateSkipError):
+    """Training broke down; the message says at which step, and what the model holds now."""

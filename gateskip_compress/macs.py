@@ -4,6 +4,7 @@ One multiply-add (MAC) is one product and one sum in a matrix product; norms, ac
 look-ups are not counted. Causal attention counts its full rectangle of queries × keys, as torch computes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,12 @@ def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
     return counter.get_total_flops() // 2
 
 
+def macs_per_token(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " t"]]) -> float:
+    """Mean over the tokens of some sequences, each run by itself; all logits included."""
+    total = sum(count_macs(model, ids[None].to(model.device)) for ids in sequences)
+    return total / sum(len(ids) for ids in sequences)
+
+
 def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[str, BranchCost]:
     """What a token costs in each kind of branch; the blocks of a model are all alike."""
     block = blocks(model)[0]
@@ -55,7 +62,8 @@ def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[str, Branc
         }
         always = sizes["k_proj"] + sizes["v_proj"] if kind == "attention" else 0
         products = 2 * body.q_proj.out_features * context_tokens if kind == "attention" else 0
-        gate = block.gates[kind] if hasattr(block, "gates") else None
+        gates = (b.gates[kind] for b in blocks(model) if kind in getattr(b, "gates", ()))
+        gate = next(gates, None)
         costs[kind] = BranchCost(
             always=always,
             kept=sum(sizes.values()) - always + products,

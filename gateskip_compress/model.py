@@ -148,6 +148,7 @@ def attend(
     attention: nn.Module,
     x: Float[Tensor, "b t d"],
     keep: Bool[Tensor, "b t"],
+    kept: Int[Tensor, " n"],
     keys: Float[Tensor, "b h s k"],
     values: Float[Tensor, "b h s k"],
     rope: tuple[Tensor, Tensor],
@@ -163,48 +164,52 @@ def attend(
         attention: A family's attention module.
         x: Normalised input of the branch.
         keep: Tokens that run.
+        kept: Their places in the flattened batch.
         keys: All keys, from `project_kv`.
         values: All values.
         rope: Cosine and sine of each position.
         mask: What the model gave the block: boolean or additive (b or 1, 1, t, s), or None where causal order is all.
         positions: Place of each token in its sequence, one row for all or one each.
     """
-    b = x.shape[0]
-    row, column = keep.nonzero(as_tuple=True)
-    cos, sin = (part.expand(b, -1, -1)[row, column] for part in rope)  # (n, k)
-    query = attention.q_proj(x[row, column]).view(len(row), -1, attention.head_dim)  # (n, h, k)
+    b, t = keep.shape
+    cos, sin = (part.expand(b, -1, -1).flatten(0, 1).index_select(0, kept) for part in rope)  # (n, k)
+    query = attention.q_proj(x.flatten(0, 1).index_select(0, kept)).view(len(kept), -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
         query = attention.q_norm(query)
-    query = _rotate(query, cos, sin)
+    query = _rotate(query, cos, sin)  # (n, h, k)
     if b == 1:
-        packed, slot, where = query[None], None, column[None]
+        packed, where, slots = query[None], kept[None], None
     else:
-        slot = keep.cumsum(dim=1)[row, column] - 1
-        longest = int(slot.max()) + 1
+        row, column = kept // t, kept % t
+        slots = row, keep.cumsum(dim=1)[row, column] - 1
+        longest = int(slots[1].max()) + 1
         packed = query.new_zeros(b, longest, *query.shape[1:])
-        packed[row, slot] = query
+        packed[slots] = query
         where = torch.zeros(b, longest, dtype=torch.long, device=x.device)
-        where[row, slot] = column
+        where[slots] = column
     mixed = F.scaled_dot_product_attention(
         packed.transpose(1, 2),  # (b, h, n, k)
         keys,
         values,
-        attn_mask=_mask_rows(mask, where, positions, keys.shape[2]),
+        attn_mask=_mask_rows(mask, where, positions, keys.shape[2], query.dtype),
         scale=attention.scaling,
         enable_gqa=True,
     ).transpose(1, 2)
-    mixed = mixed[0] if slot is None else mixed[row, slot]
-    return attention.o_proj(mixed.reshape(len(row), -1))
+    mixed = mixed[0] if slots is None else mixed[slots]
+    return attention.o_proj(mixed.reshape(len(kept), -1))
 
 
-def _mask_rows(mask: Tensor | None, where: Int[Tensor, "b n"], positions: Int[Tensor, "c t"], s: int) -> Tensor | None:
+def _mask_rows(
+    mask: Tensor | None, where: Int[Tensor, "b n"], positions: Int[Tensor, "c t"], s: int, dtype: torch.dtype
+) -> Tensor | None:
     """The mask's rows at the columns `where`, (b, 1, n, s); None where every key may be seen."""
     b, t = where.shape[0], positions.shape[1]
     if mask is None:
         if t == 1:
             return None
         absolute = positions.expand(b, -1).gather(1, where)  # a static cache has more keys than tokens so far
-        return (torch.arange(s, device=where.device) <= absolute[..., None])[:, None]
+        ahead = torch.arange(s, device=where.device) > absolute[..., None]
+        return torch.zeros(ahead.shape, dtype=dtype, device=where.device).masked_fill_(ahead, -torch.inf)[:, None]
     if mask.shape[2] == 1:
         return mask[..., :s]
     rows = torch.arange(b, device=where.device)[:, None]

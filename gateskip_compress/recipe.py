@@ -6,19 +6,17 @@ steps:
   - gateskip: {budget: 0.85}
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import PipelineError
 from .names import nearest
 from .pipeline import Pipeline, settings
-from .step import Transform
 from .text import SELF
-from .transforms import transform_named
+from .transforms import build
 
 
 class _Part(BaseModel):
@@ -44,7 +42,7 @@ class Evaluation(_Part):
 class Bench(_Part):
     """What is timed; batch 1."""
 
-    prompt_tokens: int = Field(512, ge=1)
+    prompt_tokens: int = Field(512, ge=2)
     new_tokens: int = Field(32, ge=2)
     runs: int = Field(3, ge=1)
 
@@ -63,7 +61,7 @@ class Recipe(_Part):
 
     def pipeline(self) -> Pipeline:
         """The steps as a pipeline, checked."""
-        return Pipeline(*(_step(*next(iter(step.items()))) for step in self.steps))
+        return Pipeline(*(build(*next(iter(step.items()))) for step in self.steps))
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -106,19 +104,6 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def write_steps(pipeline: Pipeline) -> list[dict[str, dict[str, Any]]]:
     """A pipeline as a recipe's steps: the inverse of `Recipe.pipeline`."""
     return [{step.name: settings(step)} for step in pipeline]
-
-
-def _step(name: str, given: dict[str, Any]) -> Transform:
-    transform = transform_named(name)
-    known = {field.name: field.type for field in fields(transform)}  # pyright: ignore[reportArgumentType]
-    for key, value in given.items():
-        if key not in known:
-            raise PipelineError(f"{name} has no field {key!r}{nearest(key, known)}; fields: {', '.join(known)}")
-        try:
-            TypeAdapter(known[key]).validate_python(value, strict=not isinstance(value, int))
-        except ValidationError as error:
-            raise PipelineError(f"{name}.{key} = {value!r}: {error.errors()[0]['msg']}") from None
-    return transform(**given)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

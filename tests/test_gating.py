@@ -4,7 +4,7 @@ from tiny_models import CALIBRATION, compress, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 import gateskip_compress as g
-from gateskip_compress.gating.calibrate import observe, spent
+from gateskip_compress.gating.calibrate import everywhere, observe, spent
 from gateskip_compress.gating.dial import decisions, dial_of
 from gateskip_compress.macs import ungated_macs_per_token
 
@@ -27,7 +27,9 @@ def test_budget_1_leaves_logits_bit_equal(gated):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compact_equals_masked(gated, threshold, rows):
     dial = dial_of(gated)
-    dial.threshold = {"calibrated": dial.threshold, "none kept": 1e9, "all kept": -1e9}[threshold]
+    fixed = {"none kept": 1e9, "all kept": -1e9}
+    if threshold in fixed:
+        dial.thresholds = everywhere(gated, fixed[threshold])
     ids = tokens(rows, 40, seed=4)
     with g.masked(gated):
         expected = logits(gated, ids)
@@ -79,7 +81,7 @@ def test_left_padding_does_not_change_a_row():
 
 
 def test_the_first_token_is_never_skipped(gated):
-    dial_of(gated).threshold = 1e9
+    dial_of(gated).thresholds = everywhere(gated, 1e9)
     with decisions(gated) as seen:
         logits(gated, tokens(2, 12))
     for decision in seen:
@@ -90,7 +92,7 @@ def test_the_first_token_is_never_skipped(gated):
 def test_reported_multiply_adds_are_those_that_ran(gated):
     dial = dial_of(gated)
     window = tokens(1, 48, seed=9)
-    share = spent(gated, observe(gated, window, dial.threshold), 48).budget
+    share = spent(gated, observe(gated, window, dial.thresholds), 48).budget
     counted = g.count_macs(gated, window)
     # rotary tables are a matrix product too: a few multiply-adds beside the model's
     assert counted / (48 * ungated_macs_per_token(gated, 48)) == pytest.approx(share, rel=2e-3)
@@ -106,7 +108,7 @@ def test_masked_skipping_saves_nothing(gated):
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.6])
 def test_a_budget_is_kept_on_its_calibration_text(gated, share):
     with g.budget(gated, share) as dial:
-        found = spent(gated, observe(gated, CALIBRATION, dial.threshold), CALIBRATION.shape[1]).budget
+        found = spent(gated, observe(gated, CALIBRATION, dial.thresholds), CALIBRATION.shape[1]).budget
     assert found == pytest.approx(share, abs=0.02)
 
 

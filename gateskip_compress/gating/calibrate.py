@@ -1,25 +1,31 @@
-"""From budgets to thresholds: run the gated model, see what a threshold really spends, move it, and keep the table.
+"""From budgets to thresholds: run the gated model, see what thresholds really spend, move them, and keep the table.
 
 Skipping early branches changes what later ones see, so thresholds are found on the model as it runs, budget by budget
-from 1 downwards: each starts from the scores seen at the one before and is corrected once with its own.
+from 1 downwards: each starts from the scores seen at the one before and is corrected with its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..macs import branch_costs, head_macs, ungated_macs_per_token
-from ..model import blocks
+from ..macs import branch_costs, ungated_macs_per_token
+from ..model import BRANCH_KINDS, blocks
 from ..step import Context
-from .dial import Decision, Setting, decisions
+from .dial import RUN_ALL, Decision, Setting, Thresholds, decisions
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
 CALIBRATION_TOKENS = 2048
 _PASSES = 2
+
+Allocation = Literal["global", "sensitivity", "uniform"]
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+"""How a budget is spread: one threshold over all branches, after their scores were weighted by measured loss or not; or
+the same share of tokens in every branch (the paper's rule)."""
 
 
 @dataclass(frozen=True)
@@ -30,69 +36,96 @@ class Spent:
     executed: float
 
 
-def calibrate(model: PreTrainedModel, context: Context) -> tuple[Setting, ...]:
+def calibrate(model: PreTrainedModel, context: Context, allocation: Allocation = "global") -> tuple[Setting, ...]:
     """Table of settings of a gated model, highest budget first; ends where even skipping everything spends more."""
     windows = context.calibration
     windows = windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])].to(model.device)
     table: list[Setting] = []
-    seen = observe(model, windows, threshold=float("-inf"))
+    seen = observe(model, windows, everywhere(model, RUN_ALL))
     for target in context.track(BUDGETS, "calibrate thresholds"):
-        threshold = 0.0
+        thresholds: Thresholds = ()
         for _ in range(_PASSES):
-            found = threshold_for(model, seen, target, windows.shape[1])
+            found = thresholds_for(model, seen, target, windows.shape[1], allocation)
             if found is None:
                 return tuple(table)
-            threshold = found
-            seen = observe(model, windows, threshold)
+            thresholds = found
+            seen = observe(model, windows, thresholds)
         at = spent(model, seen, windows.shape[1])
         if not table or at.budget < table[-1].budget:
-            table.append(Setting(at.budget, at.executed, threshold))
+            table.append(Setting(at.budget, at.executed, thresholds))
     return tuple(table)
 
 
+def everywhere(model: PreTrainedModel, threshold: float) -> Thresholds:
+    """The same threshold for every branch."""
+    return (threshold,) * (len(BRANCH_KINDS) * len(blocks(model)))
+
+
 @torch.inference_mode()
-def observe(model: PreTrainedModel, windows: Int[Tensor, "n t"], threshold: float) -> list[Decision]:
-    """Every branch's decisions over the windows at a threshold, window after window."""
-    with decisions(model, threshold) as seen:
+def observe(model: PreTrainedModel, windows: Int[Tensor, "n t"], thresholds: Thresholds | None) -> list[Decision]:
+    """Every branch's decisions over the windows, window after window; None leaves the thresholds as they are."""
+    with decisions(model, thresholds) as seen:
         for window in windows:
             model(window[None], use_cache=False, logits_to_keep=1)
         return list(seen)
 
 
 def spent(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> Spent:
-    """Shares that the decisions amount to."""
+    """Shares that the decisions amount to; a branch without a gate ran."""
     costs = branch_costs(model, context_tokens)
-    tokens = sum(decision.keep.numel() for decision in seen) / (len(blocks(model)) * len(costs))
-    head = head_macs(model)
-    ran = tokens * head
+    tokens, executed, executions = _tokens(seen), 0, 0
+    ran = tokens * ungated_macs_per_token(model, context_tokens)
+    full = ran
     for decision in seen:
-        cost, kept = costs[decision.kind], int(decision.keep.sum())
-        skipped = decision.keep.numel() - kept
-        ran += decision.keep.numel() * (cost.always + cost.gate) + kept * cost.kept + skipped * cost.skipped
-    executed = sum(int(d.keep.sum()) for d in seen) / sum(d.keep.numel() for d in seen)
-    return Spent(ran / (tokens * ungated_macs_per_token(model, context_tokens)), executed)
+        cost, count, kept = costs[decision.kind], decision.keep.numel(), int(decision.keep.sum())
+        ran += count * cost.gate - (count - kept) * (cost.kept - cost.skipped)
+        executed, executions = executed + kept, executions + count
+    return Spent(ran / full, executed / executions)
 
 
-def threshold_for(model: PreTrainedModel, seen: list[Decision], target: float, context_tokens: int) -> float | None:
-    """The threshold that would spend `target` if scores stayed as seen; None where skipping everything spends more."""
+def floor(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> float:
+    """What is spent where every token skips all that it may."""
+    skipped = []
+    for decision in seen:
+        keep = torch.zeros_like(decision.keep)
+        keep[:, 0] = True
+        skipped.append(replace(decision, keep=keep))
+    return spent(model, skipped, context_tokens).budget
+
+
+def thresholds_for(
+    model: PreTrainedModel, seen: list[Decision], target: float, context_tokens: int, allocation: Allocation = "global"
+) -> Thresholds | None:
+    """Thresholds that would spend `target` if scores stayed as seen; None where skipping everything spends more."""
     costs = branch_costs(model, context_tokens)
-    layers, full = len(blocks(model)), ungated_macs_per_token(model, context_tokens)
-    tokens = sum(decision.keep.numel() for decision in seen) / (layers * len(costs))
+    scores: dict[int, list[Tensor]] = {}
+    saved: dict[int, int] = {}
+    for decision in seen:
+        index = 2 * decision.layer + BRANCH_KINDS.index(decision.kind)
+        scores.setdefault(index, []).append(decision.score[:, 1:].flatten())  # first tokens never skip
+        saved[index] = costs[decision.kind].kept - costs[decision.kind].skipped
+    movable = {index: torch.cat(parts) for index, parts in scores.items()}
     # all kept: more than the ungated model, by the gates' own cost
-    surplus = tokens * (full * (1 - target) + layers * sum(cost.gate for cost in costs.values()))
-    scores, savings = _savings(seen, {kind: cost.kept - cost.skipped for kind, cost in costs.items()})
-    total = savings.cumsum(0)
-    if total[-1] < surplus:
+    gates = sum(decision.keep.numel() * costs[decision.kind].gate for decision in seen)
+    surplus = _tokens(seen) * ungated_macs_per_token(model, context_tokens) * (1 - target) + gates
+    if surplus > sum(len(part) * saved[index] for index, part in movable.items()):
         return None
-    return float(scores[int(torch.searchsorted(total, surplus))])
+    if allocation == "uniform":
+        share = surplus / sum(len(part) * saved[index] for index, part in movable.items())
+        found = {index: float(part.float().quantile(share)) for index, part in movable.items()}
+        return tuple(found.get(index, RUN_ALL) for index in range(len(everywhere(model, 0))))
+    return everywhere(model, _one_threshold(movable, saved, surplus))
 
 
-def _savings(seen: list[Decision], saved: dict[str, int]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Scores of all executions that may be skipped, lowest first, and what each skip would save."""
-    movable = [decision.score[:, 1:].flatten() for decision in seen]  # first tokens never skip
-    scores = torch.cat(movable)
-    savings = torch.cat(
-        [part.new_full(part.shape, saved[d.kind], dtype=torch.float64) for part, d in zip(movable, seen, strict=True)]
-    )
+def _one_threshold(movable: dict[int, Float[Tensor, " n"]], saved: dict[int, int], surplus: float) -> float:
+    """The score at which skipping everything at or below it saves `surplus` multiply-adds."""
+    scores = torch.cat(list(movable.values()))
+    savings = torch.cat([part.new_full(part.shape, saved[i], dtype=torch.float64) for i, part in movable.items()])
     order = scores.argsort()
-    return scores[order], savings[order]
+    return float(scores[order][int(torch.searchsorted(savings[order].cumsum(0), surplus))])
+
+
+def _tokens(seen: list[Decision]) -> int:
+    """Tokens behind the decisions."""
+    first = seen[0]
+    return sum(d.keep.numel() for d in seen if (d.layer, d.kind) == (first.layer, first.kind))

@@ -1,13 +1,15 @@
-"""The budget of a gated model: one threshold over all branches, looked up in a calibrated table.
+"""The budget of a gated model: a threshold for each branch, looked up in a calibrated table.
 
 A budget is the share of the ungated model's multiply-adds that really run, gates, surrogates, K/V of skipped tokens and
-the output head included. Budget 1 means no gate is even evaluated.
+the output head included. At budget 1 nothing skips, and gates
+without a scale are not even evaluated.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,14 +17,19 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..model import blocks
 
+Thresholds = tuple[float, ...]
+"""One for each branch: attention of layer l at 2l, its MLP at 2l + 1."""
+RUN_ALL = float("-inf")
+How = Literal["compact", "masked", "soft", "off"]
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One calibrated point: at `threshold`, shares of multiply-adds (`budget`) and of branch executions that ran."""
+    """One calibrated point: at `thresholds`, shares of multiply-adds (`budget`) and of branch executions that ran."""
 
     budget: float
     executed: float
-    threshold: float
+    thresholds: Thresholds
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Decision:
     kind: str
     score: Tensor
     keep: Tensor
+    scale: Tensor | None = None
 
 
 @dataclass
@@ -42,15 +50,16 @@ class Dial:
     Args:
         table: Calibrated settings, highest budget first.
         budget: The share asked for.
-        threshold: Tokens that score at or below it skip; None runs everything, without gates.
-        masked: Compute everything and mask, the reference for tests; otherwise compute only what is kept.
+        thresholds: Tokens that score at or below their branch's skip; None runs everything.
+        how: `compact` computes only what is kept; `masked` everything, and masks; `soft` as masked, with a gradient
+            to scores straight through the decision; `off` runs the model as if it had no gates.
         decisions: Where blocks append their decisions, or None.
     """
 
     table: tuple[Setting, ...] = ()
     budget: float = 1.0
-    threshold: float | None = None
-    masked: bool = False
+    thresholds: Thresholds | None = None
+    how: How = "compact"
     decisions: list[Decision] | None = field(default=None, repr=False)
 
     @property
@@ -64,11 +73,11 @@ class Dial:
         Raises:
             ValueError: outside the calibrated range, whose floor is named.
         """
-        self.threshold = self.threshold_of(budget)
+        self.thresholds = self.thresholds_of(budget)
         self.budget = budget
 
-    def threshold_of(self, budget: float) -> float | None:
-        """The threshold that spends `budget`, straight between the neighbouring settings; None at 1."""
+    def thresholds_of(self, budget: float) -> Thresholds | None:
+        """Thresholds that spend `budget`, straight between the neighbouring settings; None at 1."""
         if not 0 < budget <= 1:
             raise ValueError(
                 f"budget {budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
@@ -80,10 +89,10 @@ class Dial:
                 f"budget {budget} is below {self.floor:.3f}, the lowest that this model was calibrated for"
             )
         if budget >= self.table[0].budget:
-            return self.table[0].threshold
+            return self.table[0].thresholds
         above, below = next(pair for pair in pairwise(self.table) if pair[1].budget <= budget)
         share = (above.budget - budget) / (above.budget - below.budget)
-        return above.threshold + share * (below.threshold - above.threshold)
+        return tuple(a + share * (b - a) for a, b in zip(above.thresholds, below.thresholds, strict=True))
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -115,33 +124,40 @@ def budget(model: PreTrainedModel, share: float) -> Iterator[Dial]:
         UnsupportedModel: the model has no gates.
     """
     dial = dial_of(model)
-    before = dial.budget, dial.threshold
+    before = dial.budget, dial.thresholds
     dial.set(share)
     try:
         yield dial
     finally:
-        dial.budget, dial.threshold = before
+        dial.budget, dial.thresholds = before
 
 
 @contextmanager
 def masked(model: PreTrainedModel) -> Iterator[None]:
     """Compute every branch for every token and mask afterwards: the slow reference that compact skipping must equal."""
-    dial = dial_of(model)
-    before, dial.masked = dial.masked, True
-    try:
+    with skipping(model, "masked"):
         yield
-    finally:
-        dial.masked = before
 
 
 @contextmanager
-def decisions(model: PreTrainedModel, threshold: float | None = None) -> Iterator[list[Decision]]:
-    """Collect what every branch decides inside the `with`, at the current threshold or at a given one."""
+def skipping(model: PreTrainedModel, how: How) -> Iterator[None]:
+    """Skip in another form inside the `with`, see `Dial.how`."""
     dial = dial_of(model)
-    before, dial.decisions = (dial.decisions, dial.threshold), []
-    if threshold is not None:
-        dial.threshold = threshold
+    before, dial.how = dial.how, how
+    try:
+        yield
+    finally:
+        dial.how = before
+
+
+@contextmanager
+def decisions(model: PreTrainedModel, thresholds: Thresholds | None = None) -> Iterator[list[Decision]]:
+    """Collect what every branch decides inside the `with`, at the current thresholds or at given ones."""
+    dial = dial_of(model)
+    before, dial.decisions = (dial.decisions, dial.thresholds), []
+    if thresholds is not None:
+        dial.thresholds = thresholds
     try:
         yield dial.decisions
     finally:
-        dial.decisions, dial.threshold = before
+        dial.decisions, dial.thresholds = before

@@ -1,4 +1,4 @@
-"""Fit every gate of a model in closed form, from one pass over calibration text.
+"""Fit the gates of a model in closed form, from one pass over calibration text.
 
 A score predicts what a skip loses against what it saves: the effect of `closed_form`, less half the log of the
 multiply-adds that one skip saves. One threshold over all branches then removes the executions with the least squared
@@ -24,27 +24,25 @@ from ..macs import branch_costs
 from ..model import Branch, blocks, branches, width
 from ..step import Context
 from .closed_form import Moments, effect, reduced_rank, regress
-from .gate import Gate, Surrogate
+from .gate import Gate
 
 SURROGATE_SHARE = 0.6
 """Share of the calibration windows that surrogates are solved from."""
 RIDGE = 1e-3
 """Penalty of both regressions, as a share of the mean variance of their inputs."""
 
+Gates = dict[tuple[int, str], Gate]
+"""By layer and branch kind."""
 See = Callable[[int, str, Tensor, Tensor, Tensor], None]
 
 
-def fit_gates(model: PreTrainedModel, surrogate: Surrogate, rank: int, context: Context) -> list[nn.ModuleDict]:
-    """Gates for every block of an ungated model, which is not changed.
+def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
+    """Solve surrogates, and the scores of `effect` gates, in place.
 
     Args:
-        model: Runs ungated.
-        surrogate: What skipped tokens add.
-        rank: Inner width of a `lowrank` surrogate.
+        model: Runs ungated; not changed.
+        gates: Neutral gates; other kinds than `effect` stay neutral and want training.
         context: Calibration windows, two at least.
-
-    Returns:
-        One `ModuleDict` a block, from branch kind to its `Gate`.
 
     Raises:
         CalibrationError: fewer than two windows.
@@ -53,49 +51,45 @@ def fit_gates(model: PreTrainedModel, surrogate: Surrogate, rank: int, context: 
     split = round(len(windows) * SURROGATE_SHARE)
     if not 0 < split < len(windows):
         raise CalibrationError(f"fitting gates needs at least 2 windows of text, got {len(windows)}")
-    names = branches(model)
-    d, parameter = width(model), next(model.parameters())
-    gates = [
-        nn.ModuleDict({b.kind: Gate(d, surrogate, rank) for b in names}).to(parameter.device, parameter.dtype)
-        for _ in blocks(model)
-    ]
-    keys = [(layer, b.kind) for layer in range(len(gates)) for b in names]
+    d, device = width(model), next(model.parameters()).device
 
-    if surrogate != "zero":
-        outputs = {key: Moments.zeros(d, d, parameter.device) for key in keys}
+    outputs = {key: Moments.zeros(d, d, device) for key, gate in gates.items() if gate.surrogate != "zero"}
+    if outputs:
 
         def see_outputs(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
             del residual
-            outputs[layer, kind].add(x, y)
+            if (layer, kind) in outputs:
+                outputs[layer, kind].add(x, y)
 
         _watch(model, windows[:split], see_outputs, context, "fit surrogates")
-        for layer, kind in keys:
-            _set_surrogate(gates[layer][kind], outputs.pop((layer, kind)), rank)
+        for key in list(outputs):
+            _set_surrogate(gates[key], outputs.pop(key))
 
-    effects = {key: Moments.zeros(d, 1, parameter.device) for key in keys}
+    effects = {key: Moments.zeros(d, 1, device) for key, gate in gates.items() if gate.kind == "effect"}
+    if not effects:
+        return
 
     def see_effects(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
-        replaced = gates[layer][kind].replace(x)
-        lost = effect(y if replaced is None else y - replaced, residual)
-        effects[layer, kind].add(x, lost[:, None])
+        if (layer, kind) in effects:
+            replaced = gates[layer, kind].replace(x)
+            lost = effect(y if replaced is None else y - replaced, residual)
+            effects[layer, kind].add(x, lost[:, None])
 
     _watch(model, windows[split:], see_effects, context, "fit scores")
     costs = branch_costs(model, windows.shape[1])
-    for layer, kind in keys:
-        gate: Gate = gates[layer][kind]  # pyright: ignore[reportAssignmentType]
-        slope, intercept = regress(effects.pop((layer, kind)), RIDGE)
-        saved = max(1, costs[kind].kept - gate.replace_macs)
+    for (layer, kind), moments in effects.items():
+        gate = gates[layer, kind]
+        slope, intercept = regress(moments, RIDGE)
         gate.score_weight.data.copy_(slope[:, 0])
-        gate.score_bias.data.copy_(intercept - 0.5 * math.log(saved))
-    return gates
+        gate.score_bias.data.copy_(intercept - 0.5 * math.log(max(1, costs[kind].kept - gate.replace_macs)))
 
 
-def _set_surrogate(gate: Gate, outputs: Moments, rank: int) -> None:
+def _set_surrogate(gate: Gate, outputs: Moments) -> None:
     """Solve one gate's surrogate and write it, in place."""
     if gate.surrogate == "mean":
         gate.offset.data.copy_(outputs.y / outputs.count)
         return
-    down, up, offset = reduced_rank(outputs, rank, RIDGE)
+    down, up, offset = reduced_rank(outputs, gate.down.shape[0], RIDGE)
     gate.down.data.copy_(down.T)
     gate.up.data.copy_(up.T)
     gate.offset.data.copy_(offset)

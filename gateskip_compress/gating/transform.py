@@ -1,33 +1,53 @@
-"""The GateSkip step: gates into every block, fitted and calibrated without training."""
+"""The GateSkip step: gates into a model, fitted in closed form, trained if asked, and calibrated."""
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import blocks, branches, width
+from ..model import BRANCH_KINDS, blocks, branches, width
 from ..step import Context, Record, Stage
+from .allocate import weigh
 from .block import gate_block
-from .calibrate import calibrate
+from .calibrate import ALLOCATIONS, Allocation, calibrate
 from .dial import Dial, Setting
-from .fit import fit_gates
-from .gate import SURROGATES, Gate, Surrogate
+from .fit import Gates, fit_gates
+from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, Surrogate
+from .train import Training, train_gates
+
+Where = Literal["branches", "attention", "mlp", "block"]
+Placement = Literal["after", "before"]
+_WHERE: dict[str, tuple[str, ...]] = {
+    "branches": BRANCH_KINDS,
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "block": BRANCH_KINDS,
+}
 
 
 @dataclass(frozen=True)
 class GateSkip:
-    """Let tokens skip the branches that they do not need (arXiv 2510.13876), with closed-form `effect` gates.
+    """Let tokens skip the branches that they do not need (arXiv 2510.13876).
 
-    We differ from the paper: no training, scale 1, one calibrated threshold over all branches instead of a quantile of
-    the batch, so that decoding one token of one sequence skips too, and a surrogate for what is skipped.
+    By default we differ from the paper: `effect` gates fitted in closed form, scale 1, one calibrated threshold over
+    all branches instead of a quantile of the batch, so that decoding one token of one sequence skips too, and a
+    surrogate for what is skipped. The paper's own is `GateSkip(kind="vector", surrogate="zero", allocation="uniform",
+    training=Training(train="all", cross_entropy=1, distillation=0, gate_loss="l2"))`.
 
     Args:
         budget: Share of the ungated model's multiply-adds that the model runs at from now on, above 0, at most 1. Other
             budgets stay a `with budget(model, share)` away.
         surrogate: What skipped tokens add: `zero`, `mean` or `lowrank`.
-        rank: Inner width of a `lowrank` surrogate.
+        rank: Inner width of a `lowrank` surrogate, and of a `lowrank` gate.
+        kind: What a gate is, see `gate.py`; all but `effect` want training.
+        where: Gates on both `branches`, on `attention` or `mlp` alone, or one for a whole `block` on its attention.
+        every: Gates in every n-th block, the n-th first.
+        placement: Scales act `after` the branch, or `before` it.
+        allocation: How the budget is spread over branches: `global`, `sensitivity` or `uniform`, see `calibrate.py`.
+        training: How gates are trained after the closed form; None leaves them so.
 
     Raises:
         ValueError: A field is out of its range, or `budget` below what the calibrated gates can reach.
@@ -40,42 +60,83 @@ class GateSkip:
     budget: float = 0.85
     surrogate: Surrogate = "lowrank"
     rank: int = 32
+    kind: Kind = "effect"
+    where: Where = "branches"
+    every: int = 1
+    placement: Placement = "after"
+    allocation: Allocation = "global"
+    training: Training | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise ValueError(
                 f"budget {self.budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
             )
-        if self.surrogate not in SURROGATES:
-            raise ValueError(f"surrogate {self.surrogate!r} must be one of {', '.join(SURROGATES)}")
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank} must be at least 1")
+        for field, value, known in (
+            ("surrogate", self.surrogate, SURROGATES),
+            ("kind", self.kind, KINDS),
+            ("where", self.where, tuple(_WHERE)),
+            ("placement", self.placement, ("after", "before")),
+            ("allocation", self.allocation, ALLOCATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{field} {value!r} must be one of {', '.join(known)}")
+        for field, value in (("rank", self.rank), ("every", self.every)):
+            if value < 1:
+                raise ValueError(f"{field} {value} must be at least 1")
+        if self.kind != "effect" and self.training is None and self.budget < 1:
+            raise ValueError(f"{self.kind} gates know nothing before training: give training, or kind='effect'")
+        if self.kind != "effect" and self.allocation == "sensitivity":
+            raise ValueError("allocation 'sensitivity' weighs effects: use kind='effect', or 'global'")
+        if self.kind == "effect" and self.training is not None and self.training.gate_loss != "none":
+            raise ValueError("effect gates have no scale for a gate_loss to press on: use gate_loss='none'")
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
         _check_attention(model)
-        dial = Dial()
-        _put_in(model, fit_gates(model, self.surrogate, self.rank, context), dial)
-        dial.table = calibrate(model, context)
+        if self.every > len(blocks(model)):
+            raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
+        torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
+        gates, dial = self._neutral(model), Dial()
+        fit_gates(model, gates, context)
+        self._put_in(model, gates, dial)
+        record: Record = {}
+        if self.allocation == "sensitivity":
+            record["sensitivity"] = weigh(model, context)
+        if self.training is not None:
+            record["training"] = train_gates(model, self.training, self.budget, self.allocation, context)
+        if self.kind == "effect" or self.training is not None:  # neutral scores rank nothing
+            dial.table = calibrate(model, context, self.allocation)
         dial.set(self.budget)
-        return {"table": [asdict(setting) for setting in dial.table]}
+        table = [{**asdict(setting), "thresholds": list(setting.thresholds)} for setting in dial.table]
+        return {"table": table, **record}
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
         _check_attention(model)
-        branches(model)
-        dial = Dial(table=tuple(Setting(**row) for row in record["table"]))
-        gates = [
-            nn.ModuleDict({b.kind: Gate(width(model), self.surrogate, self.rank) for b in branches(model)})
-            for _ in blocks(model)
-        ]
-        _put_in(model, gates, dial)
+        table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
+        dial = Dial(table=tuple(table))
+        self._put_in(model, self._neutral(model), dial)
         dial.set(self.budget)
 
+    def _neutral(self, model: PreTrainedModel) -> Gates:
+        """Gates that change nothing yet; what is shared lies in the first."""
+        branches(model)
+        parameter, gates, shared = next(model.parameters()), {}, {}
+        for layer in range(self.every - 1, len(blocks(model)), self.every):
+            for kind in _WHERE[self.where]:
+                follows = self.where == "block" and kind == "mlp"
+                own = None if follows else self.kind
+                gate = Gate(width(model), own, self.surrogate, self.rank, shared.get(kind))
+                if own in SHARING and kind not in shared:
+                    shared[kind] = gate.matrix
+                gates[layer, kind] = gate.to(parameter.device, parameter.dtype)
+        return gates
 
-def _put_in(model: PreTrainedModel, gates: list[nn.ModuleDict], dial: Dial) -> None:
-    for layer, (block, gate) in enumerate(zip(blocks(model), gates, strict=True)):
-        gate_block(block, branches(model), gate, dial, layer)
+    def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
+        for layer, block in enumerate(blocks(model)):
+            own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
+            gate_block(block, branches(model), own, dial, layer, before=self.placement == "before")
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -39,11 +39,11 @@ class SelfSpeculation:
             raise ValueError(f"draft_tokens {self.draft_tokens} must be at least 1")
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
-        """Make `self_speculative` decode so by default; the record keeps the draft's threshold."""
+        """Make `self_speculative` decode so by default."""
         del context
-        threshold = dial_of(model).threshold_of(self.draft_budget)
+        dial_of(model).thresholds_of(self.draft_budget)  # raises where the gates cannot go so low
         model.self_speculation = self
-        return {"draft_threshold": threshold}
+        return {}
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """The same: nothing is stored in weights."""

@@ -1,0 +1,63 @@
+"""The `sensitivity` allocation: weigh each branch's scores by what skipping it really costs.
+
+A score predicts a relative error of the stream, and the same error is worse in one branch than in another. We measure:
+branch by branch, the tokens that score lowest skip it, all else runs, and
+
+    sensitivity = KL(ungated ‖ skipped) / mean squared error that the scores predict
+
+per token. Half of its log goes into the branch's scores, so that one threshold over all branches removes the executions
+with the least predicted KL per multiply-add.
+"""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from ..losses import kl_divergence
+from ..macs import branch_costs
+from ..model import BRANCH_KINDS, blocks
+from ..step import Context
+from .calibrate import everywhere, observe
+from .dial import RUN_ALL, decisions
+from .gate import Gate
+
+MEASURED_TOKENS = 1024
+SKIPPED_SHARE = 0.5
+"""Share of the tokens that skip the branch that is measured."""
+
+
+@torch.inference_mode()
+def weigh(model: PreTrainedModel, context: Context) -> list[float]:
+    """Measure every gated branch and shift its scores, in place; returns what was added to each."""
+    windows = context.calibration[: max(1, MEASURED_TOKENS // context.calibration.shape[1])].to(model.device)
+    run_all = everywhere(model, RUN_ALL)
+    seen = observe(model, windows, run_all)
+    original = [model(window[None], use_cache=False).logits[0].float() for window in windows]
+    costs = branch_costs(model, windows.shape[1])
+    shifts = [0.0] * len(run_all)
+    gated = [i for i in range(len(shifts)) if any(_index(d.layer, d.kind) == i for d in seen)]
+    for index in context.track(gated, "measure sensitivity"):
+        kind = BRANCH_KINDS[index % 2]
+        scores = torch.cat([d.score[:, 1:].flatten() for d in seen if _index(d.layer, d.kind) == index])
+        threshold = float(scores.quantile(SKIPPED_SHARE))
+        gate: Gate = blocks(model)[index // 2].gates[kind]  # pyright: ignore[reportAssignmentType]
+        saved = max(1, costs[kind].kept - gate.replace_macs)
+        predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
+        with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
+            lost = [
+                kl_divergence(reference, model(window[None], use_cache=False).logits[0].float()).mean().item()
+                for window, reference in zip(windows, original, strict=True)
+            ]
+        measured = max(sum(lost) / len(lost), 1e-9)  # rounding may give less than nothing
+        shifts[index] = 0.5 * math.log(measured / predicted)
+    mean = sum(shifts) / max(1, len(gated))
+    for index in gated:
+        shifts[index] -= mean
+        gate = blocks(model)[index // 2].gates[BRANCH_KINDS[index % 2]]  # pyright: ignore[reportAssignmentType]
+        gate.score_bias.data.add_(shifts[index])
+    return shifts
+
+
+def _index(layer: int, kind: str) -> int:
+    return len(BRANCH_KINDS) * layer + BRANCH_KINDS.index(kind)

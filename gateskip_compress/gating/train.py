@@ -1,0 +1,249 @@
+"""Train gates by distillation: the model under a falling budget learns to say what it says ungated.
+
+    loss = distillation · KL(ungated ‖ gated) + cross_entropy · CE + gate_weight · gate loss
+
+per scored token. Skipping in training is as hard as it will be: skipped tokens take their surrogates, and the gradient
+goes straight through the decision to the score (`block.py`). Thresholds follow the scores: those of a step are set from
+the scores of the step before, so that the budget of the schedule is what is really spent.
+
+The paper (arXiv 2510.13876, sec. 3) trains the backbone too, with one learning rate, on cross-entropy and the gates'
+L2 norm alone; that is `Training(train="all", distillation=0, cross_entropy=1, gate_loss="l2")`.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import GateSkipError
+from ..losses import cross_entropy, gate_kl, gate_l1, gate_l2, kl_divergence
+from ..model import blocks, linears
+from ..step import Context, Record
+from ..text import Passage
+from ..training import Batch, train
+from .calibrate import Allocation, everywhere, floor, spent, thresholds_for
+from .dial import RUN_ALL, Decision, decisions, dial_of, skipping
+
+What = Literal["gates", "surrogates", "lora", "all"]
+GateLoss = Literal["none", "l1", "l2", "kl"]
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """How gates are trained.
+
+    Args:
+        steps: Optimizer steps.
+        batch: Passages a step, on each process.
+        train: `gates` alone; and their `surrogates`; and `lora` adapters of the projections, merged at the end; or
+            `all` weights. The last two need a second copy of the model to distil from.
+        gate_rate: Learning rate of gates and surrogates.
+        rate: Learning rate of adapters or weights.
+        distillation: Weight of the distance from the ungated model.
+        cross_entropy: Weight of the text's own next tokens.
+        gate_loss: Pressure on the gates' scales: `l1`, `l2`, or `kl` to the budget.
+        gate_weight: Weight of it.
+        ramp: Share of the steps in which the budget falls from 1 to the one asked for.
+        precision: `bf16` runs forward passes in autocast.
+        checkpointing: Recompute blocks in the backward pass, for less memory.
+
+    Raises:
+        ValueError: A field is out of its range, or nothing is left to minimise.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    train: What = "surrogates"
+    gate_rate: float = 1e-3
+    rate: float = 1e-4
+    distillation: float = 1.0
+    cross_entropy: float = 0.0
+    gate_loss: GateLoss = "none"
+    gate_weight: float = 0.1
+    ramp: float = 0.5
+    precision: Literal["no", "bf16"] = "no"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for field, value, known in (
+            ("train", self.train, get_args(What)),
+            ("gate_loss", self.gate_loss, get_args(GateLoss)),
+            ("precision", self.precision, ("no", "bf16")),
+        ):
+            if value not in known:
+                raise ValueError(f"training.{field} {value!r} must be one of {', '.join(known)}")
+        for field, value in (("steps", self.steps), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"training.{field} {value} must be at least 1")
+        for field in ("gate_rate", "rate", "distillation", "cross_entropy", "gate_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"training.{field} {getattr(self, field)} must not be negative")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"training.ramp {self.ramp} must be between 0 and 1: it is a share of the steps")
+        if self.distillation == 0 and self.cross_entropy == 0:
+            raise ValueError("training has nothing to minimise: set distillation or cross_entropy above 0")
+
+    def budget_at(self, step: int, final: float) -> float:
+        """The schedule: from 1 straight down to `final` over the ramp."""
+        ramp = self.ramp * self.steps
+        return final if step >= ramp else 1 - (1 - final) * step / ramp
+
+
+def train_gates(
+    model: PreTrainedModel, training: Training, final: float, allocation: Allocation, context: Context
+) -> Record:
+    """Train a gated model in place, for a final budget; returns the curves of loss and budget.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    passages = context.passages or [Passage.whole(window) for window in context.calibration]
+    teacher = deepcopy(model) if training.train in ("lora", "all") else model
+    if training.train == "lora":
+        _add_adapters(model, context.seed)
+    state: dict[str, Any] = {"thresholds": list(everywhere(model, RUN_ALL)), "budgets": []}
+    dial = dial_of(model)
+    before, how = dial.thresholds, dial.how
+
+    def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
+        # not the accelerator's own autocast, whose precision is fixed for the whole process
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            return forward(batch, step)
+
+    def forward(batch: Batch, step: int) -> tuple[Tensor, int]:
+        context_tokens = batch.ids.shape[1]
+        with torch.no_grad(), skipping(teacher, "off"):
+            reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
+        # backward passes may recompute blocks: what they read of the dial must stay as it is now
+        dial.how, dial.thresholds = "soft", tuple(state["thresholds"])
+        with decisions(model) as seen:
+            logits = _scored_logits(model, batch)
+        total = logits.new_zeros(())
+        if reference is not None:
+            total = total + training.distillation * kl_divergence(reference, logits).sum()
+        if training.cross_entropy > 0:
+            total = total + training.cross_entropy * cross_entropy(logits, batch.ids[batch.scored]).sum()
+        target = training.budget_at(step, final)
+        if training.gate_loss != "none":
+            total = total + training.gate_weight * len(logits) * _gate_loss(training.gate_loss, seen, batch, target)
+        rows = [row for part in gather_object(_rows(seen, batch)) for row in part]
+        state["budgets"].append(spent(model, rows, context_tokens).budget)
+        upcoming = training.budget_at(step + 1, final)
+        found = everywhere(model, RUN_ALL)
+        if upcoming < 1:
+            found = thresholds_for(model, rows, upcoming, context_tokens, allocation)
+            if found is None:
+                least = floor(model, rows, context_tokens)
+                raise ValueError(
+                    f"budget {final} cannot be reached: with all skipped these gates still spend {least:.3f}"
+                )
+        state["thresholds"] = list(found)
+        return total, len(logits)
+
+    def describe() -> str:
+        return f"train gates, budget {state['budgets'][-1]:.2f}" if state["budgets"] else "train gates"
+
+    for block in blocks(model):  # transformers checkpoints blocks in training mode only; their parts have no need of it
+        block.training = training.checkpointing
+    if training.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        record = train(
+            _groups(model, training),
+            loss,
+            passages,
+            steps=training.steps,
+            batch=training.batch,
+            context=context,
+            accelerator=accelerator,
+            state=state,
+            description=describe,
+        )
+    finally:
+        dial.thresholds, dial.how = before, how
+        if training.checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+        if training.train == "lora":
+            _merge_adapters(model)
+    return {**record, "budgets": state["budgets"]}
+
+
+def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:
+    """What is trained, and how fast."""
+    surrogates = ("offset", "down", "up")
+    gates = {
+        parameter
+        for block in blocks(model)
+        for name, parameter in block.gates.named_parameters()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if training.train != "gates" or name.split(".")[-1] not in surrogates
+    }
+    of_gates = {p for block in blocks(model) for p in block.gates.parameters()}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    groups = [([p for p in model.parameters() if p in gates], training.gate_rate)]
+    if training.train == "lora":
+        groups.append(([p for name, p in model.named_parameters() if ".lora_" in name], training.rate))
+    if training.train == "all":
+        groups.append(([p for p in model.parameters() if p not in of_gates], training.rate))
+    return groups
+
+
+def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Predictions of the batch's scored tokens, (n, v), float32."""
+    columns = batch.scored.any(0).nonzero().squeeze(1)
+    mask = None if bool(batch.real.all()) else batch.real.long()
+    logits = model(batch.ids, attention_mask=mask, use_cache=False, logits_to_keep=columns - 1).logits
+    return logits[batch.scored[:, columns]].float()
+
+
+def _rows(seen: list[Decision], batch: Batch) -> list[list[Decision]]:
+    """The decisions row by row, without padding and without gradients, on the CPU, to be gathered from processes."""
+    lengths = batch.real.sum(1).tolist()
+    rows = [
+        Decision(d.layer, d.kind, d.score[i : i + 1, :n].detach().float().cpu(), d.keep[i : i + 1, :n].cpu())
+        for i, n in enumerate(lengths)
+        for d in seen
+    ]
+    return [rows]
+
+
+def _gate_loss(kind: GateLoss, seen: list[Decision], batch: Batch, target: float) -> Tensor:
+    """Mean over branches of a loss on the scales of scored tokens."""
+    parts = []
+    for decision in seen:
+        if decision.scale is None:
+            continue
+        opening = decision.scale[batch.scored].float()
+        parts.append(
+            gate_l1(opening) if kind == "l1" else gate_l2(opening) if kind == "l2" else gate_kl(opening, target)
+        )
+    return torch.stack(parts).mean()
+
+
+def _add_adapters(model: PreTrainedModel, seed: int) -> None:
+    """LoRA on every projection of the blocks, in place."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports] an extra
+    except ImportError as error:
+        raise GateSkipError("train='lora' needs the package peft: pip install 'gateskip-compress[train]'") from error
+    torch.manual_seed(seed)
+    inject_adapter_in_model(
+        LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(linears(model))), model
+    )
+
+
+def _merge_adapters(model: PreTrainedModel) -> None:
+    """Add adapters to the weights that they adapt, and take them away, in place."""
+    from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports] an extra
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
