@@ -124,10 +124,11 @@ class GatedBlock(nn.Module):
         out = self._post(call.branch, out)
         if call.scale is not None:
             out = out * call.scale.flatten(0, 1).index_select(0, kept)
-        flat = flat.index_add(0, kept, out)
+        flat = flat.index_add(0, kept, out.to(flat.dtype))  # autocast may have made it narrower
         if call.gate.surrogate != "zero":
             skipped = (~call.keep).flatten().nonzero().squeeze(1)
-            flat.index_add_(0, skipped, call.gate.replace(flat_x.index_select(0, skipped)))
+            replaced = call.gate.replace(flat_x.index_select(0, skipped))
+            flat.index_add_(0, skipped, replaced.to(flat.dtype))
         return flat.view_as(call.hidden)
 
     def _post(self, branch: Branch, out: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from ..model import blocks, linears
 from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, train
-from .calibrate import Allocation, everywhere, floor, spent, thresholds_for
+from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
 from .dial import RUN_ALL, Decision, decisions, dial_of, skipping
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]
 LORA_RANK = 8
+FIRST_WINDOWS = 8
+"""Calibration windows that the first step's thresholds come from; the same however many processes train."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ class Training:
             raise ValueError("training has nothing to minimise: set distillation or cross_entropy above 0")
 
     def budget_at(self, step: int, final: float) -> float:
-        """The schedule: from 1 straight down to `final` over the ramp."""
+        """The schedule: straight down over the ramp, from just below 1 at step 0 to `final`.
+
+        Never 1: with nothing skipped the gradient is rounding noise, which the optimizer would take at full size.
+        """
         ramp = self.ramp * self.steps
-        return final if step >= ramp else 1 - (1 - final) * step / ramp
+        return final if step + 1 >= ramp else 1 - (1 - final) * (step + 1) / ramp
 
 
 def train_gates(
@@ -108,9 +113,21 @@ def train_gates(
     teacher = deepcopy(model) if training.train in ("lora", "all") else model
     if training.train == "lora":
         _add_adapters(model, context.seed)
-    state: dict[str, Any] = {"thresholds": list(everywhere(model, RUN_ALL)), "budgets": []}
     dial = dial_of(model)
     before, how = dial.thresholds, dial.how
+
+    def aim(rows: list[Decision], step: int, context_tokens: int) -> list[float]:
+        """Thresholds that would have spent a step's budget on tokens seen before it."""
+        found = thresholds_for(model, rows, training.budget_at(step, final), context_tokens, allocation)
+        if found is None:
+            least = floor(model, rows, context_tokens)
+            raise ValueError(f"budget {final} cannot be reached: with all skipped these gates still spend {least:.3f}")
+        return list(found)
+
+    windows = context.calibration[:FIRST_WINDOWS].to(model.device)
+    first = observe(model, windows, everywhere(model, RUN_ALL)) if final < 1 else []
+    start = aim(first, 0, windows.shape[1]) if final < 1 else list(everywhere(model, RUN_ALL))
+    state: dict[str, Any] = {"thresholds": start, "budgets": []}
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
         # not the accelerator's own autocast, whose precision is fixed for the whole process
@@ -135,16 +152,8 @@ def train_gates(
             total = total + training.gate_weight * len(logits) * _gate_loss(training.gate_loss, seen, batch, target)
         rows = [row for part in gather_object(_rows(seen, batch)) for row in part]
         state["budgets"].append(spent(model, rows, context_tokens).budget)
-        upcoming = training.budget_at(step + 1, final)
-        found = everywhere(model, RUN_ALL)
-        if upcoming < 1:
-            found = thresholds_for(model, rows, upcoming, context_tokens, allocation)
-            if found is None:
-                least = floor(model, rows, context_tokens)
-                raise ValueError(
-                    f"budget {final} cannot be reached: with all skipped these gates still spend {least:.3f}"
-                )
-        state["thresholds"] = list(found)
+        if final < 1:
+            state["thresholds"] = aim(rows, step + 1, context_tokens)
         return total, len(logits)
 
     def describe() -> str:
@@ -153,7 +162,7 @@ def train_gates(
     for block in blocks(model):  # transformers checkpoints blocks in training mode only; their parts have no need of it
         block.training = training.checkpointing
     if training.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable")
     try:
         record = train(
             _groups(model, training),
@@ -169,11 +178,17 @@ def train_gates(
     finally:
         dial.thresholds, dial.how = before, how
         if training.checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")
         model.eval()
         if training.train == "lora":
             _merge_adapters(model)
     return {**record, "budgets": state["budgets"]}
+
+
+def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) -> None:
+    """Turn activation checkpointing on or off, in place; transformers gave its methods another name in 5.2."""
+    new = f"activation_checkpointing_{how}"
+    getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{how}")()
 
 
 def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:
