@@ -247,8 +247,13 @@ def _look_into(folder: Path, text: str, share: float | None, page: Path, passage
         raise ValueError(f"--out {page} is inside the checkpoint, whose files are checked; choose a place outside")
     read_manifest(folder)  # a plain model, which would load too, has nothing to show
     model, tokenizer = load(str(folder))
-    with _turned(model, share):
-        found = insight(model, tokenizer, passages(text, tokenizer, window_tokens=256, most_tokens=4096), passage)
+    shown = passages(text, tokenizer, window_tokens=256, most_tokens=4096)
+    with _turned(model, share), Progress(console=problems, transient=True) as progress:
+
+        def track(items: Any, description: Any, total: int | None = None) -> Any:
+            return _track(progress, items, description, total)
+
+        found = insight(model, tokenizer, shown, passage, track)
     found = {"model": str(folder), "text": text, **found}
     written = write_insight(found, page)
     if as_json:

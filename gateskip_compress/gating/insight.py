@@ -32,6 +32,7 @@ from ..evaluate import bootstrap_interval
 from ..macs import BranchCost, branch_costs, head_macs
 from ..model import BRANCH_KINDS, blocks
 from ..text import Passage
+from ..track import untracked
 from .calibrate import observe
 from .dial import Decision, dial_of
 
@@ -44,7 +45,11 @@ MOST_STRINGS, FEWEST_USES = 12, 5
 
 
 def insight(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], number: int = 1
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Passage],
+    number: int = 1,
+    track: Any = untracked,
 ) -> dict[str, Any]:
     """Run passages through a gated model as its dial stands, and say where it skips, in JSON types.
 
@@ -53,6 +58,7 @@ def insight(
         tokenizer: Its own.
         passages: Each runs by itself.
         number: The passage that is shown token by token, from 1.
+        track: As in `Context`.
 
     Raises:
         UnsupportedModel: the model has no gates.
@@ -63,7 +69,8 @@ def insight(
         raise ValueError("budget 1 runs every branch, there is nothing to look into; choose a budget below 1")
     if not 1 <= number <= len(passages):
         raise ValueError(f"passage {number} must be from 1 to {len(passages)}: the text has so many")
-    seen = [observe(model, passage.ids[None].to(model.device), None) for passage in passages]
+    windows = (passage.ids[None].to(model.device) for passage in track(passages, "look at passages"))
+    seen = [observe(model, window, None) for window in windows]
     keep = [torch.cat([d.keep for d in decided]).cpu() for decided in seen]
     ids = [passage.ids.tolist() for passage in passages]
     texts = {i: str(tokenizer.decode([i])) for i in set().union(*ids)}
