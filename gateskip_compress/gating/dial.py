@@ -34,13 +34,35 @@ class Setting:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one branch decided in one call; collected where a caller asks for it."""
+    """What one branch decided in one call; collected where a caller asks for it.
+
+    Args:
+        layer: Of the block.
+        kind: Of the branch.
+        score: (b, t).
+        keep: (b, t); padding is never kept.
+        scale: (b, t, d or 1); None is 1.
+        real: Tokens that are no padding, (b, t); None is all.
+    """
 
     layer: int
     kind: str
     score: Tensor
     keep: Tensor
     scale: Tensor | None = None
+    real: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many it decided about, padding left out."""
+        return self.keep.numel() if self.real is None else int(self.real.sum())
+
+    @property
+    def movable(self) -> Tensor:
+        """Scores of the tokens that may skip: real, and not the first of their sequence; of whole sequences only."""
+        if self.real is None:
+            return self.score[:, 1:].flatten()
+        return self.score[self.real & (self.real.cumsum(1) > 1)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, branches, width
+from ..model import BRANCH_KINDS, blocks, family_of, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import gate_block
@@ -121,7 +121,7 @@ class GateSkip:
 
     def _neutral(self, model: PreTrainedModel) -> Gates:
         """Gates that change nothing yet; what is shared lies in the first."""
-        branches(model)
+        family_of(model)
         parameter, gates, shared = next(model.parameters()), {}, {}
         for layer in range(self.every - 1, len(blocks(model)), self.every):
             for kind in _WHERE[self.where]:
@@ -134,9 +134,11 @@ class GateSkip:
         return gates
 
     def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
+        family = family_of(model)
+        parallel = family.parallel is not None and getattr(model.config, family.parallel)
         for layer, block in enumerate(blocks(model)):
             own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
-            gate_block(block, branches(model), own, dial, layer, before=self.placement == "before")
+            gate_block(block, family, own, dial, layer, before=self.placement == "before", parallel=parallel)
 
 
 def _check_attention(model: PreTrainedModel) -> None:
