@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from .model import blocks, family_of, features, projections, width
+from .model import blocks, family_of, features, key_value_features, projections, width
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -23,7 +23,7 @@ class BranchCost:
     """Multiply-adds of one branch for one token.
 
     Args:
-        always: Keys and values; skipped tokens need them too.
+        always: Keys and values, where skipped tokens need them too.
         kept: The rest of the branch, over a given number of keys.
         gate: The score, wherever a gate is evaluated.
         skipped: The surrogate.
@@ -54,14 +54,14 @@ def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[tuple[int,
     family, costs = family_of(model), {}
     for layer, block in enumerate(blocks(model)):
         for branch in family.branches:
-            sizes = {name: features(module) for name, module in projections(block, branch).items()}
-            total = sum(d * o for d, o in filter(None, sizes.values()))
+            parts = projections(block, branch)
+            total = sum(d * o for d, o in filter(None, map(features, parts.values())))
             always = products = 0
             if branch.kind == "attention":
-                heads, _ = sizes.pop(f"{branch.body[0]}.{family.layout.out}") or (0, 0)
-                # what is not queries is keys and values, whether fused or not
-                rows = sum(o for _, o in filter(None, sizes.values())) - heads
-                always, products = rows * width(model), 2 * heads * context_tokens
+                heads, _ = features(parts[f"{branch.body[0]}.{family.layout.out}"]) or (0, 0)
+                products = 2 * heads * context_tokens
+                if not getattr(block, "copies", False):
+                    always = key_value_features(family, block) * width(model)
             gate = dict(getattr(block, "gates", {})).get(branch.kind)
             costs[layer, branch.kind] = BranchCost(
                 always=always,

@@ -164,6 +164,12 @@ def test_blocks_whose_scale_follows_their_place_are_not_dropped():
         compress(model, g.Prune(blocks=1))
 
 
+def test_checkpointing_is_refused_where_it_would_drop_out():
+    step = g.GateSkip(training=g.Training(steps=1, checkpointing=True))
+    with pytest.raises(g.UnsupportedModel, match=r"drop out 0\.1 in each block"):
+        compress(tiny("opt"), step)
+
+
 def test_an_unknown_family_is_named_beside_the_known():
     with pytest.raises(g.UnsupportedModel, match="'bloom' is not supported; supported: gemma2, gemma3_text, gpt2"):
         branches(BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4)))

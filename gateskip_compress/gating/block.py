@@ -7,11 +7,14 @@ For each branch, with x = norm(h), a token is kept when score(x) > threshold, or
 
 or, with the gate before the branch, post(body(scale(x) · x)). The scale acts after the post-norm, which would undo it.
 Families without a norm before the branch have x = h; in parallel blocks both branches read the h that enters the block.
-The decision reads the token alone, so it is causal and the same whatever else is in the batch. Keys and values are
-computed for all tokens, skipped ones too: later tokens may attend to them.
+The decision reads the token alone, so it is causal and the same whatever else is in the batch.
 
-Padding, where the model gave a mask that shows it, adds nothing to its stream and runs no branch; its scores, keys and
-values are computed with the others'.
+Later tokens may attend to a skipped one. Its keys and values are computed as if it ran (`dense`), or they are those of
+the block below at the same position, copied or not (`copy`, arXiv 2510.13876, sec. 3). The first block's are always its
+own, and at budget 1 all are.
+
+Padding, where the model gave a mask that shows it, adds nothing to its stream and runs no branch; its scores, and its
+keys and values where those are dense, are computed with the others'.
 
 A gated block is the model's own block whose class is swapped for a subclass made here. So parameter names, hooks and
 `isinstance` checks of transformers stay as they are, and where nothing is gated the original forward runs, bit for bit.
@@ -26,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..model import BRANCH_KINDS, Branch, Family
-from ..model.attention import Sight, attend, keys_values, queries, rope_of, sight
+from ..model.attention import Overlay, Sight, attend, keys_values, overlay, queries, rope_of, sight
 from .dial import RUN_ALL, Decision, Dial
 from .gate import Gate
 
@@ -55,12 +58,14 @@ class GatedBlock(nn.Module):
     layer: int
     before: bool
     parallel: bool
+    copies: bool
+    feeds: bool
     arguments: tuple[str, ...]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block at the dial's thresholds; with nothing to gate, as transformers wrote it."""
         scaled = any(gate.kind not in ("effect", None) for gate in self.gates.values())
-        idle = len(self.gates) == 0 or (self.dial.thresholds is None and not scaled)
+        idle = (len(self.gates) == 0 and not self.feeds) or (self.dial.thresholds is None and not scaled)
         if idle or self.dial.how == "off":
             return super().forward(hidden_states, *args, **kwargs)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
@@ -110,11 +115,29 @@ class GatedBlock(nn.Module):
             return RUN_ALL
         return self.dial.thresholds[2 * self.layer + BRANCH_KINDS.index(branch.kind)]
 
-    def _out(self, branch: Branch, x: Tensor, given: dict[str, Any]) -> Tensor:
-        """The branch for all tokens, as transformers runs it."""
-        if branch.kind == "attention":
-            return self._post(branch, getattr(self, branch.body[0])(hidden_states=x, **given)[0])
-        return self._post(branch, self._mlp(x))
+    def _out(self, branch: Branch, x: Tensor, given: dict[str, Any], keep: Bool[Tensor, "b t"] | None = None) -> Tensor:
+        """The branch for all tokens, as transformers runs it; keys and values outside `keep` are as if skipped."""
+        if branch.kind == "mlp":
+            return self._post(branch, self._mlp(x))
+        attention, name = getattr(self, branch.body[0]), self.family.layout.cache
+        below = self._take_below()
+        if below is None and not self.feeds:
+            return self._post(branch, attention(hidden_states=x, **given)[0])
+        cache = Overlay(given.get(name), below, keep)
+        out = attention(hidden_states=x, **{**given, name: cache})[0]
+        self._feed(cache.new)
+        return self._post(branch, out)
+
+    def _take_below(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the block below, for skipped tokens; None where none are copied."""
+        below, self.dial.below = self.dial.below, None
+        assert below is not None or not self.copies or self.dial.thresholds is None
+        return below if self.copies else None
+
+    def _feed(self, new: tuple[Tensor, Tensor] | None) -> None:
+        """Leave this block's keys and values for the block above, if that skips and copies."""
+        if self.feeds and self.dial.thresholds is not None:
+            self.dial.below = new
 
     def _mlp(self, x: Tensor) -> Tensor:
         for name in self.family.mlp.body:
@@ -123,7 +146,7 @@ class GatedBlock(nn.Module):
 
     def _add_masked(self, call: _Call, share: Tensor) -> Tensor:
         """Compute the branch for all tokens; skipped ones, whose share is 0, take their surrogate instead."""
-        out = self._scaled(call, self._out(call.branch, call.inputs, call.given))
+        out = self._scaled(call, self._out(call.branch, call.inputs, call.given, call.keep))
         surrogate = call.gate.replace(call.x)
         surrogate = 0 if surrogate is None else surrogate * call.seen.real[..., None]
         if share.dtype != torch.bool:
@@ -154,13 +177,21 @@ class GatedBlock(nn.Module):
     ) -> Float[Tensor, "n d"] | None:
         """Attention of the kept tokens, None where there are none; keys and values of all go to the cache."""
         layout, attention = self.family.layout, getattr(self, call.branch.body[0])
-        rope, cache = call.given.get("position_embeddings"), call.given.get(layout.cache)
-        keys, values = (part.transpose(1, 2) for part in keys_values(layout, attention, call.inputs, rope))
+        rope, cache, below = call.given.get("position_embeddings"), call.given.get(layout.cache), self._take_below()
+        rows, rope_rows = flat_inputs.index_select(0, kept), rope_of(rope, len(call.keep), kept)
+        if below is None:
+            keys, values = (part.transpose(1, 2) for part in keys_values(layout, attention, call.inputs, rope))
+        elif len(kept) == 0:
+            keys, values = below
+        else:
+            new = keys_values(layout, attention, rows, rope_rows)
+            keys, values = overlay(below[0], kept, new[0]), overlay(below[1], kept, new[1])
+        self._feed((keys, values))
         if cache is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
         if len(kept) == 0:
             return None
-        query = queries(layout, attention, flat_inputs.index_select(0, kept), rope_of(rope, len(call.keep), kept))
+        query = queries(layout, attention, rows, rope_rows)
         return attend(layout, attention, query, call.keep, kept, keys, values, call.seen)
 
     def _post(self, branch: Branch, out: Tensor) -> Tensor:
@@ -179,6 +210,8 @@ def gate_block(
     *,
     before: bool = False,
     parallel: bool = False,
+    copies: bool = False,
+    feeds: bool = False,
 ) -> None:
     """Give a block gates, in place: its class becomes a subclass of its own, its gates lie beside its other modules.
 
@@ -190,12 +223,15 @@ def gate_block(
         layer: The block's place in the model.
         before: Scales act on the branch's input instead of its output.
         parallel: Both branches read the stream as it enters the block.
+        copies: Tokens that skip attention take over keys and values of the block below.
+        feeds: The block above copies.
     """
     # GPT-2 passes arguments by place
     block.arguments = tuple(inspect.signature(type(block).forward).parameters)[2:]
     block.__class__ = type(f"Gated{type(block).__name__}", (GatedBlock, type(block)), {"__module__": __name__})
     block.gates, block.dial = gates, dial
     block.family, block.layer, block.before, block.parallel = family, layer, before, parallel
+    block.copies, block.feeds = copies, feeds
 
 
 def _straight_through(score: Tensor, threshold: float, keep: Bool[Tensor, "b t"]) -> Float[Tensor, "b t 1"]:

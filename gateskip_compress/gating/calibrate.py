@@ -85,11 +85,7 @@ def spent(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> 
 
 def floor(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> float:
     """What is spent where every token skips all that it may."""
-    skipped = []
-    for decision in seen:
-        keep = torch.zeros_like(decision.keep)
-        keep[:, 0] = True
-        skipped.append(replace(decision, keep=keep))
+    skipped = [replace(decision, keep=decision.keep & ~decision.free) for decision in seen]
     return spent(model, skipped, context_tokens).budget
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -58,16 +59,20 @@ class Decision:
         return self.keep.numel() if self.real is None else int(self.real.sum())
 
     @property
+    def free(self) -> Tensor:
+        """Tokens that may skip: real, and not the first of their sequence; of whole sequences only."""
+        real = torch.ones_like(self.keep) if self.real is None else self.real
+        return real & (real.cumsum(1) > 1)
+
+    @property
     def movable(self) -> Tensor:
-        """Scores of the tokens that may skip: real, and not the first of their sequence; of whole sequences only."""
-        if self.real is None:
-            return self.score[:, 1:].flatten()
-        return self.score[self.real & (self.real.cumsum(1) > 1)]
+        """Their scores."""
+        return self.score[self.free]
 
 
 @dataclass
 class Dial:
-    """State that all gated blocks of one model share; plain numbers, changed only by `budget` and its siblings below.
+    """State that all gated blocks of one model share; its numbers are changed only by `budget` and its siblings below.
 
     Args:
         table: Calibrated settings, highest budget first.
@@ -76,6 +81,7 @@ class Dial:
         how: `compact` computes only what is kept; `masked` everything, and masks; `soft` as masked, with a gradient
             to scores straight through the decision; `off` runs the model as if it had no gates.
         decisions: Where blocks append their decisions, or None.
+        below: New keys and values of the block below, while a model that copies them runs.
     """
 
     table: tuple[Setting, ...] = ()
@@ -83,6 +89,7 @@ class Dial:
     thresholds: Thresholds | None = None
     how: How = "compact"
     decisions: list[Decision] | None = field(default=None, repr=False)
+    below: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def floor(self) -> float:

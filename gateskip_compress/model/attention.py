@@ -13,6 +13,8 @@ from .family import Layout
 
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine of each position."""
+KeysValues = tuple[Tensor, Tensor]
+"""Each (b, h, t, k)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,34 @@ def rope_of(rope: Rope | None, rows: int, kept: Int[Tensor, " n"]) -> Rope | Non
         return None
     cos, sin = (part.expand(rows, -1, -1).flatten(0, 1).index_select(0, kept) for part in rope)
     return cos, sin
+
+
+def overlay(below: Float[Tensor, "b h t k"], kept: Int[Tensor, " n"], new: Float[Tensor, "n h k"]) -> Tensor:
+    """Keys or values of the block below, with the kept tokens' own in their places, (b, h, t, k)."""
+    rows = below.transpose(1, 2)
+    return rows.flatten(0, 1).index_copy(0, kept, new).view(rows.shape).transpose(1, 2)
+
+
+class Overlay:
+    """Stands in for the cache in one call of an attention module, and sees its new keys and values.
+
+    Args:
+        cache: Grows by them, if there is one.
+        below: Keys and values of the block below, which skipped tokens take instead of their own; None takes none.
+        keep: Tokens that have their own.
+    """
+
+    def __init__(self, cache: Cache | None, below: KeysValues | None, keep: Bool[Tensor, "b t"] | None) -> None:
+        self.cache, self.below, self.keep = cache, below, keep
+        self.new: KeysValues | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> KeysValues:
+        """Called by the attention module, as the cache's own is; returns all that the queries may attend to."""
+        if self.below is not None and self.keep is not None:
+            own = self.keep[:, None, :, None]
+            keys, values = torch.where(own, keys, self.below[0]), torch.where(own, values, self.below[1])
+        self.new = keys, values
+        return self.new if self.cache is None else self.cache.update(keys, values, layer)
 
 
 def attend(

@@ -92,6 +92,38 @@ def projections(block: nn.Module, branch: Branch) -> dict[str, nn.Module]:
     return found
 
 
+def key_value_features(family: Family, block: nn.Module) -> int:
+    """How many keys and values a token has in all heads; what is neither queries nor output, fused or not."""
+    sizes = {name: features(module) for name, module in projections(block, family.attention).items()}
+    heads, _ = sizes.pop(f"{family.attention.body[0]}.{family.layout.out}") or (0, 0)
+    return sum(size[1] for size in sizes.values() if size) - heads
+
+
+def check_copying(model: PreTrainedModel) -> None:
+    """Refuse a model whose blocks cannot take over keys and values from the block below.
+
+    Raises:
+        UnsupportedModel: two neighbours lay out or turn their keys in different ways; the message says how.
+    """
+    family, ropes = family_of(model), getattr(model.config, "rope_parameters", None) or {}
+    before: dict[str, Any] = {}
+    for index, block in enumerate(blocks(model)):
+        attention = getattr(block, family.attention.body[0])
+        form = {
+            "keys and values": key_value_features(family, block),
+            "head width": getattr(attention, family.layout.head_dim),
+            "rotary positions": bool(getattr(attention, "use_rope", True)),
+            "rotary parameters": ropes.get(getattr(attention, "layer_type", None), ropes),
+        }
+        for what, value in form.items():
+            if before and value != before[what]:
+                raise UnsupportedModel(
+                    f"kv='copy' cannot give block {index} the keys of block {index - 1}: {what} {value} there, "
+                    f"{before[what]} here; use kv='dense'"
+                )
+        before = form
+
+
 def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The float projections inside the branches by their full names; embeddings, head and gates are not among them.
 

@@ -77,6 +77,8 @@ class Family:
         blocks: Path of the list of blocks.
         layout: Of the attention module.
         parallel: Config attribute that says whether both branches read the same h; None is no.
+        dropout: Attribute of a block with the rate that its own forward drops out at, in training mode; None drops
+            nothing, or in modules of their own.
         refusal: Why a model of this config is not supported, or None.
     """
 
@@ -85,6 +87,7 @@ class Family:
     blocks: str = "model.layers"
     layout: Layout = Layout()
     parallel: str | None = None
+    dropout: str | None = None
     refusal: Callable[[PreTrainedConfig], str | None] = _accept
 
     @property
@@ -152,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         _mlp("final_layer_norm", ("fc1", "activation_fn", "fc2")),
         blocks="model.decoder.layers",
         layout=Layout(out="out_proj"),
+        dropout="dropout",
         refusal=_refuse_opt,
     ),
 }
