@@ -39,10 +39,10 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     gated = [i for i in range(len(shifts)) if any(_index(d.layer, d.kind) == i for d in seen)]
     for index in context.track(gated, "measure sensitivity"):
         kind = BRANCH_KINDS[index % 2]
-        scores = torch.cat([d.score[:, 1:].flatten() for d in seen if _index(d.layer, d.kind) == index])
+        scores = torch.cat([d.movable for d in seen if _index(d.layer, d.kind) == index])
         threshold = float(scores.quantile(SKIPPED_SHARE))
         gate: Gate = blocks(model)[index // 2].gates[kind]  # pyright: ignore[reportAssignmentType]
-        saved = max(1, costs[kind].kept - gate.replace_macs)
+        saved = max(1, costs[index // 2, kind].kept - gate.replace_macs)
         predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
         with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
             lost = [

@@ -8,18 +8,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, branches, width
+from ..model import BRANCH_KINDS, blocks, check_copying, family_of, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
-from .dial import Dial, Setting
+from .dial import Dial, Setting, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, Surrogate
 from .train import Training, train_gates
 
 Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
+KeyValues = Literal["dense", "copy"]
 _WHERE: dict[str, tuple[str, ...]] = {
     "branches": BRANCH_KINDS,
     "attention": ("attention",),
@@ -48,10 +49,13 @@ class GateSkip:
         placement: Scales act `after` the branch, or `before` it.
         allocation: How the budget is spread over branches: `global`, `sensitivity` or `uniform`, see `calibrate.py`.
         training: How gates are trained after the closed form; None leaves them so.
+        kv: Keys and values of tokens that skip attention: computed all the same (`dense`), or a `copy` of those of the
+            block below at the same position (the paper's way): cheaper, and further from the ungated model.
 
     Raises:
         ValueError: A field is out of its range, or `budget` below what the calibrated gates can reach.
-        UnsupportedModel: The family is unknown, or it runs an attention kernel that cannot gather rows.
+        UnsupportedModel: The family is unknown, it runs an attention kernel that cannot gather rows, or its blocks
+            cannot copy keys and values from each other.
     """
 
     name: ClassVar[str] = "gateskip"
@@ -66,6 +70,7 @@ class GateSkip:
     placement: Placement = "after"
     allocation: Allocation = "global"
     training: Training | None = None
+    kv: KeyValues = "dense"
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
@@ -78,6 +83,7 @@ class GateSkip:
             ("where", self.where, tuple(_WHERE)),
             ("placement", self.placement, ("after", "before")),
             ("allocation", self.allocation, ALLOCATIONS),
+            ("kv", self.kv, ("dense", "copy")),
         ):
             if value not in known:
                 raise ValueError(f"{field} {value!r} must be one of {', '.join(known)}")
@@ -91,15 +97,24 @@ class GateSkip:
         if self.kind == "effect" and self.training is not None and self.training.gate_loss != "none":
             raise ValueError("effect gates have no scale for a gate_loss to press on: use gate_loss='none'")
 
+        if self.kv == "copy" and self.where == "mlp":
+            raise ValueError("kv 'copy' is for tokens that skip attention, and where='mlp' skips none: use kv='dense'")
+        if self.kv == "copy" and self.training is not None and self.training.checkpointing:
+            raise ValueError(
+                "kv 'copy' hands keys from block to block, and checkpointing recomputes blocks one by one: "
+                "use training.checkpointing=False"
+            )
+
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
-        _check_attention(model)
+        self._check(model)
         if self.every > len(blocks(model)):
             raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
         torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
         gates, dial = self._neutral(model), Dial()
-        fit_gates(model, gates, context)
-        self._put_in(model, gates, dial)
+        self._put_in(model, gates, dial)  # before fitting, which asks what a skip will save
+        with skipping(model, "off"):
+            fit_gates(model, gates, context)
         record: Record = {}
         if self.allocation == "sensitivity":
             record["sensitivity"] = weigh(model, context)
@@ -113,15 +128,29 @@ class GateSkip:
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
-        _check_attention(model)
+        self._check(model)
         table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
         dial = Dial(table=tuple(table))
         self._put_in(model, self._neutral(model), dial)
         dial.set(self.budget)
 
+    def _check(self, model: PreTrainedModel) -> None:
+        kernel = model.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
+            )
+        if self.kv == "copy":
+            check_copying(model)
+        name = family_of(model).dropout
+        if name is not None and self.training is not None and self.training.checkpointing:
+            rate = getattr(blocks(model)[0], name)
+            if rate > 0:  # blocks in training mode are what transformers checkpoints
+                raise UnsupportedModel(f"checkpointing would drop out {rate} in each block: set its {name} to 0 first")
+
     def _neutral(self, model: PreTrainedModel) -> Gates:
         """Gates that change nothing yet; what is shared lies in the first."""
-        branches(model)
+        family_of(model)
         parameter, gates, shared = next(model.parameters()), {}, {}
         for layer in range(self.every - 1, len(blocks(model)), self.every):
             for kind in _WHERE[self.where]:
@@ -134,14 +163,19 @@ class GateSkip:
         return gates
 
     def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
+        family = family_of(model)
+        parallel = family.parallel is not None and getattr(model.config, family.parallel)
+        copying = {layer for layer, kind in gates if self.kv == "copy" and kind == "attention" and layer > 0}
         for layer, block in enumerate(blocks(model)):
             own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
-            gate_block(block, branches(model), own, dial, layer, before=self.placement == "before")
-
-
-def _check_attention(model: PreTrainedModel) -> None:
-    kernel = model.config._attn_implementation
-    if kernel not in ("sdpa", "eager"):
-        raise UnsupportedModel(
-            f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
-        )
+            gate_block(
+                block,
+                family,
+                own,
+                dial,
+                layer,
+                before=self.placement == "before",
+                parallel=parallel,
+                copies=layer in copying,
+                feeds=layer + 1 in copying,
+            )
