@@ -28,10 +28,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..model import BRANCH_KINDS, Branch, Family
+from ..model import Branch, Family
 from ..model.attention import Overlay, Sight, attend, keys_values, overlay, queries, rope_of, sight
-from .dial import RUN_ALL, Decision, Dial
+from .dial import RUN_ALL, Decision, Dial, branch_index
 from .gate import Gate
+
+_LEAST_SPREAD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class GatedBlock(nn.Module):
         inputs = x * scale if scale is not None and self.before else x
         call = _Call(branch, gate, hidden, x, inputs, None if self.before else scale, keep, seen, given)
         if self.dial.how == "soft":
-            return self._add_masked(call, _straight_through(score, threshold, keep)), decision
+            spread = self.dial.spreads[branch_index(self.layer, branch.kind)]
+            return self._add_masked(call, _straight_through(score, threshold, keep, spread)), decision
         if keep.all():
             return hidden + self._scaled(call, self._out(branch, inputs, given)), decision
         compact = self.dial.how == "compact"
@@ -113,7 +116,7 @@ class GatedBlock(nn.Module):
     def _threshold(self, branch: Branch) -> float:
         if self.dial.thresholds is None:
             return RUN_ALL
-        return self.dial.thresholds[2 * self.layer + BRANCH_KINDS.index(branch.kind)]
+        return self.dial.thresholds[branch_index(self.layer, branch.kind)]
 
     def _out(self, branch: Branch, x: Tensor, given: dict[str, Any], keep: Bool[Tensor, "b t"] | None = None) -> Tensor:
         """The branch for all tokens, as transformers runs it; keys and values outside `keep` are as if skipped."""
@@ -235,8 +238,10 @@ def gate_block(
     block.copies, block.feeds = copies, feeds
 
 
-def _straight_through(score: Tensor, threshold: float, keep: Bool[Tensor, "b t"]) -> Float[Tensor, "b t 1"]:
+def _straight_through(
+    score: Tensor, threshold: float, keep: Bool[Tensor, "b t"], spread: float
+) -> Float[Tensor, "b t 1"]:
     """1 where kept, else 0; backwards, the slope of a sigmoid as wide as the scores are spread (arXiv 1308.3432)."""
     away = score - max(threshold, torch.finfo(score.dtype).min)
-    soft = (away / score.detach().std().clamp_min(1e-6)).sigmoid()
+    soft = (away / max(spread, _LEAST_SPREAD)).sigmoid()
     return (keep.to(score.dtype) + (soft - soft.detach()))[..., None]

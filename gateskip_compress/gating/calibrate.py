@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..macs import branch_costs, ungated_macs_per_token
 from ..model import BRANCH_KINDS, blocks
 from ..step import Context
-from .dial import RUN_ALL, Decision, Setting, Thresholds, decisions
+from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decisions
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
@@ -97,7 +97,7 @@ def thresholds_for(
     scores: dict[int, list[Tensor]] = {}
     saved: dict[int, int] = {}
     for decision in seen:
-        index = 2 * decision.layer + BRANCH_KINDS.index(decision.kind)
+        index = branch_index(decision.layer, decision.kind)
         scores.setdefault(index, []).append(decision.movable)
         cost = costs[decision.layer, decision.kind]
         saved[index] = cost.kept - cost.skipped

@@ -16,12 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import blocks
+from ..model import BRANCH_KINDS, blocks
 
 Thresholds = tuple[float, ...]
 """One for each branch: attention of layer l at 2l, its MLP at 2l + 1."""
 RUN_ALL = float("-inf")
+"""Threshold that every score is above."""
 How = Literal["compact", "masked", "soft", "off"]
+
+
+def branch_index(layer: int, kind: str) -> int:
+    """A branch's place among all: attention of layer l at 2l, its MLP at 2l + 1."""
+    return len(BRANCH_KINDS) * layer + BRANCH_KINDS.index(kind)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Dial:
         budget: The share asked for.
         thresholds: Tokens that score at or below their branch's skip; None runs everything.
         how: `compact` computes only what is kept; `masked` everything, and masks; `soft` as masked, with a gradient
-            to scores straight through the decision; `off` runs the model as if it had no gates.
+            to scores straight through the decision, as wide as `spreads`; `off` runs the model as if it had no gates.
+        spreads: Standard deviation of each branch's scores, for `soft`; in the order of thresholds.
         decisions: Where blocks append their decisions, or None.
         below: New keys and values of the block below, while a model that copies them runs.
     """
@@ -88,6 +95,7 @@ class Dial:
     budget: float = 1.0
     thresholds: Thresholds | None = None
     how: How = "compact"
+    spreads: tuple[float, ...] = field(default=(), repr=False)
     decisions: list[Decision] | None = field(default=None, repr=False)
     below: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 

@@ -34,7 +34,7 @@ from ..model import BRANCH_KINDS, blocks
 from ..text import Passage
 from ..track import untracked
 from .calibrate import observe
-from .dial import Decision, dial_of
+from .dial import Decision, branch_index, dial_of
 
 FIRST, WORDS = "first token", ("frequent words", "other words", "rare words")
 CLASSES = (FIRST, "special tokens", "shared opening", "newline or whitespace", "punctuation", "digits", *WORDS)
@@ -290,7 +290,7 @@ def _share_of_tokens(keep: Bool[Tensor, "g t"]) -> Float[Tensor, " t"]:
 def _threshold(model: PreTrainedModel, thresholds: Sequence[float], layer: int, kind: str) -> float:
     """What a branch's score was compared with; a gate without a kind follows its block's attention."""
     decides = kind if blocks(model)[layer].gates[kind].kind is not None else BRANCH_KINDS[0]
-    return thresholds[2 * layer + BRANCH_KINDS.index(decides)]
+    return thresholds[branch_index(layer, decides)]
 
 
 def _finite(value: float) -> float | None:

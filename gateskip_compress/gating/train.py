@@ -27,7 +27,7 @@ from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, train
 from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
-from .dial import RUN_ALL, Decision, decisions, dial_of, skipping
+from .dial import RUN_ALL, Decision, branch_index, decisions, dial_of, skipping
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]
@@ -127,7 +127,7 @@ def train_gates(
     windows = context.calibration[:FIRST_WINDOWS].to(model.device)
     first = observe(model, windows, everywhere(model, RUN_ALL)) if final < 1 else []
     start = aim(first, 0, windows.shape[1]) if final < 1 else list(everywhere(model, RUN_ALL))
-    state: dict[str, Any] = {"thresholds": start, "budgets": []}
+    state: dict[str, Any] = {"thresholds": start, "spreads": _spreads(model, first), "budgets": []}
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
         # not the accelerator's own autocast, whose precision is fixed for the whole process
@@ -139,7 +139,7 @@ def train_gates(
         with torch.no_grad(), skipping(teacher, "off"):
             reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
-        dial.how, dial.thresholds = "soft", tuple(state["thresholds"])
+        dial.how, dial.thresholds, dial.spreads = "soft", tuple(state["thresholds"]), tuple(state["spreads"])
         with decisions(model) as seen:
             logits = _scored_logits(model, batch)
         total = logits.new_zeros(())
@@ -153,7 +153,7 @@ def train_gates(
         rows = [row for part in gather_object(_rows(seen, batch)) for row in part]
         state["budgets"].append(spent(model, rows, context_tokens).budget)
         if final < 1:
-            state["thresholds"] = aim(rows, step + 1, context_tokens)
+            state["thresholds"], state["spreads"] = aim(rows, step + 1, context_tokens), _spreads(model, rows)
         return total, len(logits)
 
     def describe() -> str:
@@ -183,6 +183,15 @@ def train_gates(
         if training.train == "lora":
             _merge_adapters(model)
     return {**record, "budgets": state["budgets"]}
+
+
+def _spreads(model: PreTrainedModel, rows: list[Decision]) -> list[float]:
+    """Standard deviation of each branch's scores over all processes' tokens; 1 for a branch that decides nothing."""
+    scores: dict[int, list[Tensor]] = {}
+    for row in rows:
+        scores.setdefault(branch_index(row.layer, row.kind), []).append(row.movable)
+    spreads = {index: float(torch.cat(parts).float().std()) for index, parts in scores.items()}
+    return [spreads.get(index, 1.0) for index in range(len(everywhere(model, RUN_ALL)))]
 
 
 def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) -> None:
