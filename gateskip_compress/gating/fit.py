@@ -5,6 +5,9 @@ multiply-adds that one skip saves. One threshold over all branches then removes 
 effect per multiply-add. Without the second term cheap attention goes first and far more branches must be skipped for
 the same saving.
 
+A `narrow` surrogate takes over the channels that matter most from the MLP, and its output projection is the
+least-squares solution from their values to what the MLP gave.
+
 Surrogates are solved from the first windows, scores from the rest: so a score learns what its surrogate loses on tokens
 that the surrogate has not seen.
 """
@@ -13,13 +16,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
 from ..macs import branch_costs
-from ..model import watch, width
+from ..model import gated_mlp, watch, width
 from ..step import Context
 from .closed_form import Moments, effect, reduced_rank, regress
 from .gate import Gate
@@ -51,13 +55,19 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         raise CalibrationError(f"fitting gates needs at least 2 windows of text, got {len(windows)}")
     d, device = width(model), next(model.parameters()).device
 
-    outputs = {key: Moments.zeros(d, d, device) for key, gate in gates.items() if gate.surrogate != "zero"}
+    _choose_channels(model, gates, windows[: max(1, split // 4)], context)
+    outputs = {
+        key: Moments.zeros(gate.narrow.down.in_features if gate.surrogate == "narrow" else d, d, device)
+        for key, gate in gates.items()
+        if gate.surrogate != "zero"
+    }
     if outputs:
 
         def see_outputs(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
             del residual
             if (layer, kind) in outputs:
-                outputs[layer, kind].add(x, y)
+                gate = gates[layer, kind]
+                outputs[layer, kind].add(gate.narrow.inner(x) if gate.surrogate == "narrow" else x, y)
 
         _watch(model, windows[:split], see_outputs, context, "fit surrogates")
         for key in list(outputs):
@@ -82,10 +92,42 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         gate.score_bias.data.copy_(intercept - 0.5 * math.log(max(1, costs[layer, kind].kept - gate.replace_macs)))
 
 
+def _choose_channels(model: PreTrainedModel, gates: Gates, windows: Int[Tensor, "n t"], context: Context) -> None:
+    """Copy into each `narrow` surrogate, in place, the channels that add most to the MLP's output on these windows.
+
+    A channel adds its value times its column of the output projection; its score is the mean square of that
+    (activation times weight norm, as Wanda scores weights: arXiv 2306.11695).
+    """
+    narrow = [layer for layer, kind in gates if gates[layer, kind].surrogate == "narrow"]
+    if not narrow:
+        return
+    wide = {layer: gated_mlp(model, layer) for layer in narrow}
+    energy = {layer: torch.zeros(len(mlp.up), device=mlp.up.device) for layer, mlp in wide.items()}
+
+    def see_channels(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
+        del y, residual
+        if kind == "mlp" and layer in wide:
+            mlp = wide[layer]
+            energy[layer] += (mlp.activation(F.linear(x, mlp.gate)) * F.linear(x, mlp.up)).float().square().sum(0)
+
+    _watch(model, windows, see_channels, context, "choose channels")
+    for layer, mlp in wide.items():
+        surrogate = gates[layer, "mlp"].narrow
+        score = energy[layer] * mlp.down.float().square().sum(0)
+        best = score.topk(surrogate.down.in_features).indices.sort().values
+        surrogate.gate.weight.data.copy_(mlp.gate[best])
+        surrogate.up.weight.data.copy_(mlp.up[best])
+
+
 def _set_surrogate(gate: Gate, outputs: Moments) -> None:
     """Solve one gate's surrogate and write it, in place."""
     if gate.surrogate == "mean":
         gate.offset.data.copy_(outputs.y / outputs.count)
+        return
+    if gate.surrogate == "narrow":
+        slope, intercept = regress(outputs, RIDGE)
+        gate.narrow.down.weight.data.copy_(slope.T)
+        gate.narrow.down.bias.data.copy_(intercept)
         return
     down, up, offset = reduced_rank(outputs, gate.down.shape[0], RIDGE)
     gate.down.data.copy_(down.T)

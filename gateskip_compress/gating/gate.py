@@ -23,12 +23,35 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Kind = Literal["effect", "vector", "scalar", "shared", "mlp", "lowrank", "hybrid"]
-Surrogate = Literal["zero", "mean", "lowrank"]
+Surrogate = Literal["zero", "mean", "lowrank", "narrow"]
 KINDS: tuple[str, ...] = get_args(Kind)
 SURROGATES: tuple[str, ...] = get_args(Surrogate)
 SHARING: tuple[str, ...] = ("shared", "hybrid")
 """Kinds whose full matrix belongs to all branches of a kind."""
 _BIAS = 5.0
+
+
+class NarrowMlp(nn.Module):
+    """A gated linear unit of few channels, copied from a wide one; its output projection is fitted, see `fit.py`.
+
+    Args:
+        width: Size of the residual stream.
+        channels: Inner width.
+        activation: The wide one's.
+    """
+
+    def __init__(self, width: int, channels: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, channels, bias=False), nn.Linear(width, channels, bias=False)
+        self.down, self.activation = nn.Linear(channels, width), activation
+
+    def inner(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k"]:
+        """The channels' values."""
+        return self.activation(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """What the wide one would give, about."""
+        return self.down(self.inner(x))
 
 
 class Gate(nn.Module):
@@ -38,13 +61,21 @@ class Gate(nn.Module):
         width: Size of the residual stream.
         kind: One of the table above; None neither scales nor scores, where another branch decides.
         surrogate: What a skipped token adds instead of the branch's output: nothing (`zero`, the paper's choice), the
-            mean output (`mean`), or a linear map of the branch's input (`lowrank`).
+            mean output (`mean`), a linear map of the branch's input (`lowrank`), or a narrower MLP (`narrow`).
         rank: Inner width of a `lowrank` surrogate and of a `lowrank` gate.
+        narrow: The narrower MLP of a `narrow` surrogate.
         shared: The matrix of a `shared` or `hybrid` gate, where another branch owns it; None makes it here.
     """
 
     def __init__(
-        self, width: int, kind: Kind | None, surrogate: Surrogate, rank: int, shared: nn.Linear | None = None
+        self,
+        width: int,
+        kind: Kind | None,
+        surrogate: Surrogate,
+        rank: int,
+        *,
+        narrow: NarrowMlp | None = None,
+        shared: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.kind: Kind | None = kind
@@ -66,7 +97,9 @@ class Gate(nn.Module):
             if hasattr(self, name):  # neutral
                 nn.init.zeros_(getattr(self, name).weight)
                 nn.init.zeros_(getattr(self, name).bias)
-        if surrogate != "zero":
+        if narrow is not None:
+            self.narrow = narrow
+        if surrogate in ("mean", "lowrank"):
             self.offset = nn.Parameter(torch.zeros(width))
         if surrogate == "lowrank":
             self.down = nn.Parameter(torch.zeros(rank, width))
@@ -104,6 +137,8 @@ class Gate(nn.Module):
             return None
         if self.surrogate == "mean":
             return self.offset.expand_as(x)
+        if self.surrogate == "narrow":
+            return self.narrow(x)
         return F.linear(F.linear(x, self.down), self.up, self.offset)
 
     @property
@@ -117,7 +152,13 @@ class Gate(nn.Module):
     @property
     def replace_macs(self) -> int:
         """Multiply-adds of one token's surrogate."""
-        return 0 if self.surrogate != "lowrank" else self.down.numel() + self.up.numel()
+        return sum(p.numel() for p in self.surrogate_parameters if p.dim() == 2)
+
+    @property
+    def surrogate_parameters(self) -> list[nn.Parameter]:
+        """What belongs to the surrogate."""
+        own = [getattr(self, name) for name in ("offset", "down", "up") if hasattr(self, name)]
+        return [*own, *(self.narrow.parameters() if hasattr(self, "narrow") else ())]
 
 
 def _exactly(device: torch.device) -> AbstractContextManager[object]:

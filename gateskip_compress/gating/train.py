@@ -62,8 +62,8 @@ class Training:
     steps: int = 100
     batch: int = 4
     train: What = "surrogates"
-    gate_rate: float = 1e-3
-    rate: float = 1e-4
+    gate_rate: float = 1e-4
+    rate: float = 5e-5
     distillation: float = 1.0
     cross_entropy: float = 0.0
     gate_loss: GateLoss = "none"
@@ -202,15 +202,10 @@ def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) ->
 
 def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:
     """What is trained, and how fast."""
-    surrogates = ("offset", "down", "up")
-    gates = {
-        parameter
-        for block in blocks(model)
-        for name, parameter in block.gates.named_parameters()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        if training.train != "gates" or name.split(".")[-1] not in surrogates
-    }
-    of_gates = {p for block in blocks(model) for p in block.gates.parameters()}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    groups = [([p for p in model.parameters() if p in gates], training.gate_rate)]
+    own = [gate for block in blocks(model) for gate in block.gates.values()]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    left = {p for gate in own for p in gate.surrogate_parameters} if training.train == "gates" else set()
+    of_gates = {p for gate in own for p in gate.parameters()}
+    groups = [([p for p in model.parameters() if p in of_gates - left], training.gate_rate)]
     if training.train == "lora":
         groups.append(([p for name, p in model.named_parameters() if ".lora_" in name], training.rate))
     if training.train == "all":

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, check_copying, family_of, width
+from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
 from .dial import Dial, Setting, skipping
 from .fit import Gates, fit_gates
-from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, Surrogate
+from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
 from .train import Training, train_gates
 
 Where = Literal["branches", "attention", "mlp", "block"]
@@ -41,8 +41,10 @@ class GateSkip:
     Args:
         budget: Share of the ungated model's multiply-adds that the model runs at from now on, above 0, at most 1. Other
             budgets stay a `with budget(model, share)` away.
-        surrogate: What skipped tokens add: `zero`, `mean` or `lowrank`.
+        surrogate: What skipped tokens add: `zero`, `mean`, `lowrank`, or `narrow`, which for an MLP is one of few
+            channels, and for attention `lowrank`.
         rank: Inner width of a `lowrank` surrogate, and of a `lowrank` gate.
+        channels: Share of an MLP's channels that its `narrow` surrogate has.
         kind: What a gate is, see `gate.py`; all but `effect` want training.
         where: Gates on both `branches`, on `attention` or `mlp` alone, or one for a whole `block` on its attention.
         every: Gates in every n-th block, the n-th first.
@@ -64,6 +66,7 @@ class GateSkip:
     budget: float = 0.85
     surrogate: Surrogate = "lowrank"
     rank: int = 32
+    channels: float = 0.25
     kind: Kind = "effect"
     where: Where = "branches"
     every: int = 1
@@ -87,6 +90,8 @@ class GateSkip:
         ):
             if value not in known:
                 raise ValueError(f"{field} {value!r} must be one of {', '.join(known)}")
+        if not 0 < self.channels < 1:
+            raise ValueError(f"channels {self.channels} must be between 0 and 1: it is a share of an MLP's channels")
         for field, value in (("rank", self.rank), ("every", self.every)):
             if value < 1:
                 raise ValueError(f"{field} {value} must be at least 1")
@@ -156,11 +161,17 @@ class GateSkip:
             for kind in _WHERE[self.where]:
                 follows = self.where == "block" and kind == "mlp"
                 own = None if follows else self.kind
-                gate = Gate(width(model), own, self.surrogate, self.rank, shared.get(kind))
+                narrow = self._narrow(model, layer) if self.surrogate == "narrow" and kind == "mlp" else None
+                surrogate = "lowrank" if self.surrogate == "narrow" and narrow is None else self.surrogate
+                gate = Gate(width(model), own, surrogate, self.rank, narrow=narrow, shared=shared.get(kind))
                 if own in SHARING and kind not in shared:
                     shared[kind] = gate.matrix
                 gates[layer, kind] = gate.to(parameter.device, parameter.dtype)
         return gates
+
+    def _narrow(self, model: PreTrainedModel, layer: int) -> NarrowMlp:
+        wide = gated_mlp(model, layer)
+        return NarrowMlp(width(model), max(1, round(self.channels * len(wide.up))), wide.activation)
 
     def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
         family = family_of(model)

@@ -5,6 +5,7 @@ from .blocks import branches as branches
 from .blocks import check_copying as check_copying
 from .blocks import family_of as family_of
 from .blocks import features as features
+from .blocks import gated_mlp as gated_mlp
 from .blocks import key_value_features as key_value_features
 from .blocks import linears as linears
 from .blocks import projections as projections

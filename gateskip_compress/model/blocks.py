@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -136,6 +138,33 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
         for name, module in projections(block, branch).items()
         if isinstance(module, nn.Linear | Conv1D)
     }
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """A gated linear unit, down(activation(gate x) * up x): its weights, and its activation."""
+
+    gate: Float[Tensor, "m d"]
+    up: Float[Tensor, "m d"]
+    down: Float[Tensor, "d m"]
+    activation: nn.Module
+
+
+def gated_mlp(model: PreTrainedModel, layer: int) -> GatedMlp:
+    """The MLP of a block as a gated linear unit.
+
+    Raises:
+        UnsupportedModel: it is none, its gate and up projections are one, or it has biases.
+    """
+    branch = branches(model)[1]
+    mlp = getattr(blocks(model)[layer], branch.body[0])
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Linear) and part.bias is None for part in parts) or not hasattr(mlp, "act_fn"):
+        raise UnsupportedModel(
+            f"the MLP of block {layer} of this {model.config.model_type} model has no gate_proj, up_proj and down_proj "
+            "without biases: use surrogate='lowrank'"
+        )
+    return GatedMlp(*(part.weight for part in parts), mlp.act_fn)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def remove_blocks(model: PreTrainedModel, removed: list[int]) -> None:
