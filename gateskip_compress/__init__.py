@@ -14,6 +14,7 @@ from .gating.train import Training as Training
 from .gating.transform import GateSkip as GateSkip
 from .macs import count_macs as count_macs
 from .pipeline import Pipeline as Pipeline
+from .pipeline import recalibrate as recalibrate
 from .pruning.transform import Prune as Prune
 from .quantization.transform import Quantize as Quantize
 from .recipe import read_recipe as read_recipe

@@ -269,6 +269,29 @@ def _look_into(folder: Path, text: str, share: float | None, page: Path, passage
     console.print(f"Page: {written['html']}\nNumbers: {written['json']}", soft_wrap=True)
 
 
+@app.command()
+def calibrate(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Text of the kind that the model is to run on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
+    window_tokens: int = 512,
+    most_tokens: int = 4096,
+    as_json: Json = False,
+) -> None:
+    """Find a gated checkpoint's thresholds anew, so that its budgets hold on a text like this one."""
+    from .gating.dial import dial_of
+    from .pipeline import recalibrate
+    from .source import load
+    from .text import passages
+
+    loaded, tokenizer = load(model)
+    found = passages(text, tokenizer, window_tokens, most_tokens)
+    recalibrate(loaded, [passage.ids for passage in found])
+    loaded.save_pretrained(out)
+    table = [{"budget": s.budget, "executed": s.executed} for s in dial_of(loaded).table]
+    _show({"table": table, "tokens": sum(len(passage.ids) for passage in found), "out": str(out)}, as_json)
+
+
 @app.command("report")
 def render_report(folder: Path) -> None:
     """Write a finished run's report again from its numbers."""

@@ -43,7 +43,7 @@ def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
     return counter.get_total_flops() // 2
 
 
-def macs_per_token(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " t"]]) -> float:
+def macs_per_token(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " _t"]]) -> float:
     """Mean over the tokens of some sequences, each run by itself; all logits included."""
     total = sum(count_macs(model, ids[None].to(model.device)) for ids in sequences)
     return total / sum(len(ids) for ids in sequences)

@@ -1,6 +1,6 @@
 """A stack of transforms: order checked when it is built, run by a loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -136,6 +136,31 @@ def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
     manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
     attach(model, manifest)
     return record
+
+
+def recalibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, " _t"]]) -> None:
+    """Find the thresholds of every budget anew, in place, on text of the kind that a compressed model is to run on.
+
+    How much a threshold skips depends on the text, so a budget holds on text like that of its calibration. Weights stay
+    as they are; saved, the model keeps its new table.
+
+    Args:
+        model: A compressed model with gates, as it came out of a pipeline or was loaded.
+        sequences: Token ids, each run by itself, as long as those to come; a few thousand tokens.
+
+    Raises:
+        UnsupportedModel: the model has no gates of ours.
+        CalibrationError: nothing in the text may skip.
+        ValueError: the budget the model is set to is below what its gates can reach on this text.
+    """
+    manifest = manifest_of(model)
+    steps = [] if manifest is None else zip(manifest.transforms, manifest.steps, strict=True)
+    gated = next((pair for pair in steps if isinstance(pair[0], GateSkip)), None)
+    if manifest is None or gated is None:
+        raise UnsupportedModel("this model has no gates; put a GateSkip step into its pipeline first")
+    transform, step = gated
+    step["record"] = transform.recalibrate(model, step["record"], sequences)
+    attach(model, manifest)
 
 
 def settings(step: Transform) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _curve(
     return rows
 
 
-def _sample(held_out: Sequence[Passage]) -> list[Int[Tensor, " t"]]:
+def _sample(held_out: Sequence[Passage]) -> list[Int[Tensor, " _t"]]:
     """What multiply-adds are counted over."""
     return [passage.ids for passage in held_out[:COUNTED_PASSAGES]]
 

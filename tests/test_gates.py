@@ -16,7 +16,6 @@ from gateskip_compress.gating.gate import KINDS, Gate
 from gateskip_compress.losses import gate_kl, gate_l1, gate_l2
 from gateskip_compress.macs import ungated_macs_per_token
 from gateskip_compress.model import blocks
-from gateskip_compress.step import Context
 from gateskip_compress.transforms import build
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)
@@ -31,6 +30,8 @@ VARIANTS = {
     "scalar block": {"where": "block", "kind": "scalar"},
     "every second": {"every": 2},
     "hybrid every second": {"every": 2, "kind": "hybrid"},
+    "narrow": {"surrogate": "narrow"},
+    "vector narrow": {"kind": "vector", "surrogate": "narrow", "channels": 0.5},
     "uniform": {"allocation": "uniform"},
     "sensitivity": {"allocation": "sensitivity"},
 }
@@ -56,7 +57,7 @@ def stirred_once(family, **settings):
             for parameter in block.gates.parameters():
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         dial = dial_of(model)
-        dial.table = calibrate(model, Context(CALIBRATION), settings.get("allocation", "global"))
+        dial.table = calibrate(model, CALIBRATION, settings.get("allocation", "global"))
         dial.set(0.8)
         model.gateskip.steps[-1]["record"]["table"] = [vars(setting) for setting in dial.table]
         model.gateskip.steps[-1]["settings"] |= {"budget": 0.8, "training": {}}
@@ -211,6 +212,7 @@ def test_thresholds_between_settings_lie_between_them():
     ("settings", "message"),
     [
         ({"every": 0}, "every 0 must be at least 1"),
+        ({"channels": 1.0}, "channels 1.0 must be between 0 and 1"),
         ({"kind": "vector"}, "vector gates know nothing before training"),
         ({"kind": "scalar", "budget": 1, "allocation": "sensitivity"}, "weighs effects"),
     ],
@@ -245,3 +247,52 @@ def test_gate_losses_are_their_equations():
 def test_everything_runs_at_the_lowest_threshold():
     model = stirred()
     assert all(d.keep.all() for d in observe(model, tokens(1, 20), everywhere(model, RUN_ALL)))
+
+
+def test_a_narrow_surrogate_is_least_squares_on_the_mlps_best_channels():
+    model, layer = stirred(surrogate="narrow"), 1
+    mlp, narrow = blocks(model)[layer].mlp, blocks(model)[layer].gates["mlp"].narrow
+    rows = [int((mlp.up_proj.weight == row).all(1).nonzero()) for row in narrow.up.weight]
+    assert len(set(rows)) == 32  # a quarter of 128
+    assert torch.equal(narrow.gate.weight, mlp.gate_proj.weight[rows])
+    inputs = []
+    plain = tiny()
+    handle = blocks(plain)[layer].mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    for window in CALIBRATION[:5]:  # of 8 windows, 60 % are for surrogates
+        logits(plain, window[None])
+    handle.remove()
+    with torch.no_grad():
+        x = torch.cat([part[0, 1:] for part in inputs])
+        values = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        best = torch.cat([(mlp.act_fn(mlp.gate_proj(p[0, 1:])) * mlp.up_proj(p[0, 1:])) for p in inputs[:1]])
+        score = [
+            sum(float(v) ** 2 for v in best[:, i]) * sum(float(w) ** 2 for w in mlp.down_proj.weight[:, i])
+            for i in range(128)
+        ]
+        assert sorted(rows) == sorted(sorted(range(128), key=lambda i: -score[i])[:32])
+        features = torch.cat((values[:, rows], torch.ones(len(x), 1)), dim=1).double()
+        solution = torch.linalg.lstsq(features, mlp(x).double()).solution
+        found, least = narrow(x) - mlp(x), features @ solution - mlp(x)
+    assert least.square().sum() <= found.square().sum() < 1.02 * least.square().sum()  # but for the ridge
+
+
+def test_an_mlp_without_a_gate_has_no_narrow_surrogate():
+    with pytest.raises(g.UnsupportedModel, match="has no gate_proj, up_proj and down_proj"):
+        compress(tiny("gpt2"), g.GateSkip(surrogate="narrow"))
+
+
+def test_budgets_hold_on_the_text_that_thresholds_were_recalibrated_on(tmp_path):
+    model = stirred()
+    other = [tokens(1, length, seed=length)[0] for length in range(12, 40)]
+    keys = sum(len(ids) ** 2 for ids in other) / sum(len(ids) for ids in other)
+    g.recalibrate(model, other)
+    for share in (0.9, 0.75, 0.6):
+        with g.budget(model, share):
+            assert spent(model, observe(model, other, None), round(keys)).budget == pytest.approx(share, abs=0.02)
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert dial_of(again).table == dial_of(model).table
+    with pytest.raises(g.CalibrationError, match="no sequence has more than one token"):
+        g.recalibrate(model, [tokens(1, 1)[0]])
+    with pytest.raises(g.UnsupportedModel, match="no gates"):
+        g.recalibrate(tiny(), other)

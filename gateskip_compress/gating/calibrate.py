@@ -4,22 +4,25 @@ Skipping early branches changes what later ones see, so thresholds are found on 
 from 1 downwards: each starts from the scores seen at the one before and is corrected with its own.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import CalibrationError
 from ..macs import branch_costs, ungated_macs_per_token
 from ..model import BRANCH_KINDS, blocks
-from ..step import Context
+from ..track import untracked
 from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decisions
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS = 4096
+"""Of the calibration text; more moves thresholds little."""
 _PASSES = 2
 
 Allocation = Literal["global", "sensitivity", "uniform"]
@@ -36,24 +39,57 @@ class Spent:
     executed: float
 
 
-def calibrate(model: PreTrainedModel, context: Context, allocation: Allocation = "global") -> tuple[Setting, ...]:
-    """Table of settings of a gated model, highest budget first; ends where even skipping everything spends more."""
-    windows = context.calibration
-    windows = windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])].to(model.device)
+def calibrate(
+    model: PreTrainedModel,
+    sequences: Iterable[Int[Tensor, " _t"]],
+    allocation: Allocation = "global",
+    track: Callable[..., Iterable[Any]] = untracked,
+) -> tuple[Setting, ...]:
+    """Table of settings of a gated model, highest budget first; ends where even skipping everything spends more.
+
+    Args:
+        model: With gates that tell tokens apart.
+        sequences: Token ids, each run by itself; the first 4096 tokens are used. What a threshold spends depends on
+            the text: budgets hold on text of this kind and of about these lengths.
+        allocation: How budgets are spread over branches.
+        track: As in `Context`.
+
+    Raises:
+        CalibrationError: no sequence has a token that may skip.
+    """
+    used = first_tokens(sequences, CALIBRATION_TOKENS)
+    if not any(len(ids) > 1 for ids in used):
+        raise CalibrationError("calibrating thresholds needs text: no sequence has more than one token")
+    context_tokens = round(mean_keys(used))
     table: list[Setting] = []
-    seen = observe(model, windows, everywhere(model, RUN_ALL))
-    for target in context.track(BUDGETS, "calibrate thresholds"):
+    seen = observe(model, used, everywhere(model, RUN_ALL))
+    for target in track(BUDGETS, "calibrate thresholds"):
         thresholds: Thresholds = ()
         for _ in range(_PASSES):
-            found = thresholds_for(model, seen, target, windows.shape[1], allocation)
+            found = thresholds_for(model, seen, target, context_tokens, allocation)
             if found is None:
                 return tuple(table)
             thresholds = found
-            seen = observe(model, windows, thresholds)
-        at = spent(model, seen, windows.shape[1])
+            seen = observe(model, used, thresholds)
+        at = spent(model, seen, context_tokens)
         if not table or at.budget < table[-1].budget:
             table.append(Setting(at.budget, at.executed, thresholds))
     return tuple(table)
+
+
+def first_tokens(sequences: Iterable[Int[Tensor, " _t"]], most_tokens: int) -> list[Int[Tensor, " _t"]]:
+    """Whole sequences up to a number of tokens; the first one in any case."""
+    used: list[Tensor] = []
+    for ids in sequences:
+        if used and sum(map(len, used)) + len(ids) > most_tokens:
+            break
+        used.append(ids)
+    return used
+
+
+def mean_keys(sequences: Sequence[Int[Tensor, " _t"]]) -> float:
+    """Keys that a token attends to on average, where attention computes its full rectangle."""
+    return sum(len(ids) ** 2 for ids in sequences) / sum(len(ids) for ids in sequences)
 
 
 def everywhere(model: PreTrainedModel, threshold: float) -> Thresholds:
@@ -62,11 +98,13 @@ def everywhere(model: PreTrainedModel, threshold: float) -> Thresholds:
 
 
 @torch.inference_mode()
-def observe(model: PreTrainedModel, windows: Int[Tensor, "n t"], thresholds: Thresholds | None) -> list[Decision]:
-    """Every branch's decisions over the windows, window after window; None leaves the thresholds as they are."""
+def observe(
+    model: PreTrainedModel, sequences: Iterable[Int[Tensor, " _t"]], thresholds: Thresholds | None
+) -> list[Decision]:
+    """Every branch's decisions, sequence after sequence; None leaves the thresholds as they are."""
     with decisions(model, thresholds) as seen:
-        for window in windows:
-            model(window[None], use_cache=False, logits_to_keep=1)
+        for ids in sequences:
+            model(ids[None].to(model.device), use_cache=False, logits_to_keep=1)
         return list(seen)
 
 

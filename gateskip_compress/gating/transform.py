@@ -1,10 +1,12 @@
 """The GateSkip step: gates into a model, fitted in closed form, trained if asked, and calibrated."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
@@ -13,7 +15,7 @@ from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
-from .dial import Dial, Setting, skipping
+from .dial import Dial, Setting, dial_of, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
 from .train import Training, train_gates
@@ -126,10 +128,25 @@ class GateSkip:
         if self.training is not None:
             record["training"] = train_gates(model, self.training, self.budget, self.allocation, context)
         if self.kind == "effect" or self.training is not None:  # neutral scores rank nothing
-            dial.table = calibrate(model, context, self.allocation)
+            dial.table = calibrate(model, context.calibration, self.allocation, context.track)
         dial.set(self.budget)
-        table = [{**asdict(setting), "thresholds": list(setting.thresholds)} for setting in dial.table]
-        return {"table": table, **record}
+        return {**record, "table": _json(dial.table)}
+
+    def recalibrate(self, model: PreTrainedModel, record: Record, sequences: Iterable[Int[Tensor, " _t"]]) -> Record:
+        """Find the thresholds of every budget anew, in place, on text of the kind that the model is to run on.
+
+        Args:
+            model: As `apply` or `rebuild` left it.
+            record: What `apply` returned.
+            sequences: As in `calibrate`.
+
+        Returns:
+            The record with the new table.
+        """
+        dial = dial_of(model)
+        dial.table = calibrate(model, sequences, self.allocation)
+        dial.set(dial.budget)
+        return {**record, "table": _json(dial.table)}
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
@@ -190,3 +207,7 @@ class GateSkip:
                 copies=layer in copying,
                 feeds=layer + 1 in copying,
             )
+
+
+def _json(table: Sequence[Setting]) -> list[dict[str, Any]]:
+    return [{**asdict(setting), "thresholds": list(setting.thresholds)} for setting in table]
