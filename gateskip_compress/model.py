@@ -90,6 +90,18 @@ def width(model: PreTrainedModel) -> int:
     return model.config.get_text_config().hidden_size
 
 
+def read_out(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """What turns the last block's output into logits: the final norm, then the output head.
+
+    Raises:
+        UnsupportedModel: there is no norm at `model.model.norm`, or no head.
+    """
+    norm, head = getattr(getattr(model, "model", None), "norm", None), model.get_output_embeddings()
+    if norm is None or head is None:
+        raise UnsupportedModel(f"{type(model).__name__} has no final norm at model.norm, or no output head")
+    return norm, head
+
+
 def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The projections inside the branches by their full names; embeddings, head and gates are not among them."""
     names = branches(model)

@@ -69,23 +69,31 @@ class GatedBlock(nn.Module):
         if branch.kind not in self.gates:
             return hidden + self._out(branch, x, given), None
         gate: Gate = self.gates[branch.kind]  # pyright: ignore[reportAssignmentType]
-        scale, threshold = gate.scale(x), self._threshold(branch)
-        if gate.kind is None and earlier is not None:
-            score, keep = earlier.score, earlier.keep
-        else:
-            score = gate.score(x, scale)
-            keep = (score > threshold) | (given["position_ids"] == 0)
-        decision = Decision(self.layer, branch.kind, score, keep, scale)
+        decision = self.decide(branch, x, earlier, given)
+        keep, scale = decision.keep, decision.scale
         if self.dial.decisions is not None:
             self.dial.decisions.append(decision)
         inputs = x * scale if scale is not None and self.before else x
         call = _Call(branch, gate, hidden, x, inputs, None if self.before else scale, keep, given)
         if self.dial.how == "soft":
-            return self._add_masked(call, _straight_through(score, threshold, keep)), decision
+            return self._add_masked(call, _straight_through(decision.score, self._threshold(branch), keep)), decision
         if keep.all():
             return hidden + self._scaled(call, self._out(branch, inputs, given)), decision
         compact = self.dial.how == "compact"
         return self._add_kept(call) if compact else self._add_masked(call, keep[..., None]), decision
+
+    def decide(
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, given: dict[str, Any]
+    ) -> Decision:
+        """Which tokens run the branch, and its output's scale; `baselines` decide otherwise."""
+        gate: Gate = self.gates[branch.kind]  # pyright: ignore[reportAssignmentType]
+        scale = gate.scale(x)
+        if gate.kind is None and earlier is not None:
+            score, keep = earlier.score, earlier.keep
+        else:
+            score = gate.score(x, scale)
+            keep = (score > self._threshold(branch)) | (given["position_ids"] == 0)
+        return Decision(self.layer, branch.kind, score, keep, scale)
 
     def _threshold(self, branch: Branch) -> float:
         if self.dial.thresholds is None:
@@ -144,6 +152,7 @@ def gate_block(
     dial: Dial,
     layer: int,
     before: bool = False,
+    form: type[GatedBlock] = GatedBlock,
 ) -> None:
     """Give a block gates, in place: its class becomes a subclass of its own, its gates lie beside its other modules.
 
@@ -154,8 +163,9 @@ def gate_block(
         dial: Shared by the model's blocks.
         layer: The block's place in the model.
         before: Scales act on the branch's input instead of its output.
+        form: GatedBlock, or a subclass that decides otherwise.
     """
-    block.__class__ = type(f"Gated{type(block).__name__}", (GatedBlock, type(block)), {"__module__": __name__})
+    block.__class__ = type(f"Gated{type(block).__name__}", (form, type(block)), {"__module__": __name__})
     block.gates = gates
     block.branches, block.dial, block.layer, block.before = branches, dial, layer, before
 

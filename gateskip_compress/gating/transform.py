@@ -11,9 +11,9 @@ from ..errors import UnsupportedModel
 from ..model import BRANCH_KINDS, blocks, branches, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
-from .block import gate_block
+from .block import GatedBlock, gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
-from .dial import Dial, Setting
+from .dial import Dial, Setting, check_budget
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, Surrogate
 from .train import Training, train_gates
@@ -68,10 +68,7 @@ class GateSkip:
     training: Training | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(
-                f"budget {self.budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
-            )
+        check_budget(self.budget)
         for field, value, known in (
             ("surrogate", self.surrogate, SURROGATES),
             ("kind", self.kind, KINDS),
@@ -93,13 +90,13 @@ class GateSkip:
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
-        _check_attention(model)
+        check_attention(model)
         if self.every > len(blocks(model)):
             raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
         torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
         gates, dial = self._neutral(model), Dial()
         fit_gates(model, gates, context)
-        self._put_in(model, gates, dial)
+        put_in(model, gates, dial, before=self.placement == "before")
         record: Record = {}
         if self.allocation == "sensitivity":
             record["sensitivity"] = weigh(model, context)
@@ -113,10 +110,10 @@ class GateSkip:
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
-        _check_attention(model)
+        check_attention(model)
         table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
         dial = Dial(table=tuple(table))
-        self._put_in(model, self._neutral(model), dial)
+        put_in(model, self._neutral(model), dial, before=self.placement == "before")
         dial.set(self.budget)
 
     def _neutral(self, model: PreTrainedModel) -> Gates:
@@ -133,13 +130,18 @@ class GateSkip:
                 gates[layer, kind] = gate.to(parameter.device, parameter.dtype)
         return gates
 
-    def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
-        for layer, block in enumerate(blocks(model)):
-            own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
-            gate_block(block, branches(model), own, dial, layer, before=self.placement == "before")
+
+def put_in(
+    model: PreTrainedModel, gates: Gates, dial: Dial, before: bool = False, form: type[GatedBlock] = GatedBlock
+) -> None:
+    """Gate all blocks of a model in place; arguments as in `gate_block`."""
+    for layer, block in enumerate(blocks(model)):
+        own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
+        gate_block(block, branches(model), own, dial, layer, before, form)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel where the attention kernel cannot gather rows."""
     kernel = model.config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UnsupportedModel(
