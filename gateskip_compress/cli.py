@@ -210,13 +210,63 @@ def generate(
 
 
 @app.command()
-def inspect(folder: Path, as_json: Json = False) -> None:
-    """Say what was done to a checkpoint, and check that it is whole."""
+def inspect(
+    folder: Path,
+    text: Annotated[str | None, typer.Option(help="Also run this text, and write a page of where gates skip.")] = None,
+    budget: Budget = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; its numbers go beside it as .json. Default: insight.html.")
+    ] = None,
+    passage: Annotated[int | None, typer.Option(help="Passage to show token by token; default: 1, the first.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what was done to a checkpoint, and check that it is whole; with --text, show where its gates skip."""
     from .checkpoint import read_manifest
     from .measure import disk_bytes
 
+    if text is not None:
+        _look_into(folder, text, budget, out or Path("insight.html"), 1 if passage is None else passage, as_json)
+        return
+    for name, value in (("budget", budget), ("out", out), ("passage", passage)):
+        if value is not None:
+            raise ValueError(f"--{name} {value} says how a text is looked into; give --text too")
     manifest = read_manifest(folder)
     _show({**manifest.to_json(), "steps": manifest.steps, "disk_bytes": disk_bytes(folder), "whole": True}, as_json)
+
+
+def _look_into(folder: Path, text: str, share: float | None, page: Path, passage: int, as_json: bool) -> None:
+    """Write the page of `inspect --text`, and its numbers."""
+    from .checkpoint import read_manifest
+    from .gating.insight import insight
+    from .report import numbers_beside, write_insight
+    from .source import load
+    from .text import passages
+
+    numbers_beside(page)
+    if page.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {page} is inside the checkpoint, whose files are checked; choose a place outside")
+    read_manifest(folder)  # a plain model, which would load too, has nothing to show
+    model, tokenizer = load(str(folder))
+    shown = passages(text, tokenizer, window_tokens=256, most_tokens=4096)
+    with _turned(model, share), Progress(console=problems, transient=True) as progress:
+
+        def track(items: Any, description: Any, total: int | None = None) -> Any:
+            return _track(progress, items, description, total)
+
+        found = insight(model, tokenizer, shown, passage, track)
+    found = {"model": str(folder), "text": text, **found}
+    written = write_insight(found, page)
+    if as_json:
+        _show(found, as_json)
+        return
+    table = Table("tokens", "count", "kept share")
+    for row in found["classes"]:
+        table.add_row(row["class"], str(row["tokens"]), "–" if row["tokens"] == 0 else f"{row['kept_share']:.1%}")
+    console.print(table)
+    console.print(
+        f"{found['macs_share']:.1%} of multiply-adds, {found['executed_share']:.1%} of branch executions ran."
+    )
+    console.print(f"Page: {written['html']}\nNumbers: {written['json']}", soft_wrap=True)
 
 
 @app.command("report")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from .model import BRANCH_KINDS, blocks, branches
+from .model import blocks, family_of, features, key_value_features, projections, width
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -23,7 +23,7 @@ class BranchCost:
     """Multiply-adds of one branch for one token.
 
     Args:
-        always: Keys and values; skipped tokens need them too.
+        always: Keys and values, where skipped tokens need them too.
         kept: The rest of the branch, over a given number of keys.
         gate: The score, wherever a gate is evaluated.
         skipped: The surrogate.
@@ -49,34 +49,32 @@ def macs_per_token(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " t"]
     return total / sum(len(ids) for ids in sequences)
 
 
-def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[str, BranchCost]:
-    """What a token costs in each kind of branch; the blocks of a model are all alike."""
-    block = blocks(model)[0]
-    costs = {}
-    for kind, branch in zip(BRANCH_KINDS, branches(model), strict=True):
-        body = getattr(block, branch.body)
-        sizes = {
-            name: module.in_features * module.out_features
-            for name, module in body.named_modules()
-            if hasattr(module, "in_features")
-        }
-        always = sizes["k_proj"] + sizes["v_proj"] if kind == "attention" else 0
-        products = 2 * body.q_proj.out_features * context_tokens if kind == "attention" else 0
-        gates = (b.gates[kind] for b in blocks(model) if kind in getattr(b, "gates", ()))
-        gate = next(gates, None)
-        costs[kind] = BranchCost(
-            always=always,
-            kept=sum(sizes.values()) - always + products,
-            gate=gate.score_macs if gate else 0,
-            skipped=gate.replace_macs if gate else 0,
-        )
+def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[tuple[int, str], BranchCost]:
+    """What a token costs in each branch, by layer and kind."""
+    family, costs = family_of(model), {}
+    for layer, block in enumerate(blocks(model)):
+        for branch in family.branches:
+            parts = projections(block, branch)
+            total = sum(d * o for d, o in filter(None, map(features, parts.values())))
+            always = products = 0
+            if branch.kind == "attention":
+                heads, _ = features(parts[f"{branch.body[0]}.{family.layout.out}"]) or (0, 0)
+                products = 2 * heads * context_tokens
+                if not getattr(block, "copies", False):
+                    always = key_value_features(family, block) * width(model)
+            gate = dict(getattr(block, "gates", {})).get(branch.kind)
+            costs[layer, branch.kind] = BranchCost(
+                always=always,
+                kept=total - always + products,
+                gate=gate.score_macs if gate else 0,
+                skipped=gate.replace_macs if gate else 0,
+            )
     return costs
 
 
 def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
     """Multiply-adds of one token without any gate, output head included, over `context_tokens` keys."""
-    costs = branch_costs(model, context_tokens)
-    return len(blocks(model)) * sum(c.always + c.kept for c in costs.values()) + head_macs(model)
+    return sum(c.always + c.kept for c in branch_costs(model, context_tokens).values()) + head_macs(model)
 
 
 def head_macs(model: PreTrainedModel) -> int:

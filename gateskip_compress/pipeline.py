@@ -1,6 +1,6 @@
 """A stack of transforms: order checked when it is built, run by a loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
 from .speculation.transform import SelfSpeculation
 from .step import Context, Record, Stage, Transform
-from .text import self_written
+from .text import Passage, self_written
 
 _REASONS = {
     (Stage.GATE, Stage.PRUNE): "gates are fitted to the blocks that are there, and removing blocks makes them stale",
@@ -82,6 +82,7 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase,
         *,
         calibration: Int[Tensor, "n t"] | None = None,
+        training: Sequence[Passage] = (),
         seed: int = 0,
     ) -> PreTrainedModel:
         """Compress a model in place.
@@ -90,6 +91,7 @@ class Pipeline:
             model: A Hugging Face model of a supported family, not compressed before.
             tokenizer: Its tokenizer; saved with it.
             calibration: Windows of token ids; None lets the model write its own (see `text.self_written`).
+            training: What steps that train learn from (see `text.packed`); none means the calibration windows.
             seed: The same seed, model and machine give the same result, bit for bit.
 
         Returns:
@@ -102,7 +104,7 @@ class Pipeline:
         start(model, tokenizer)
         if calibration is None:
             calibration = self_written(model, tokenizer, seed=seed)
-        context = Context(calibration, seed)
+        context = Context(calibration, seed, passages=training)
         for step in self.steps:
             apply(step, model, context)
         return model

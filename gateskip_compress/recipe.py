@@ -31,6 +31,15 @@ class Calibration(_Part):
     window_tokens: int = Field(256, ge=8)
 
 
+class TrainingText(_Part):
+    """Text that steps which train learn from, documents end to end; files' paths are relative to the recipe."""
+
+    text: list[str] = Field(min_length=1)
+    window_tokens: int = Field(256, ge=8)
+    most_tokens: int = Field(400_000, ge=8)
+    prompts: bool = False
+
+
 class Evaluation(_Part):
     """Text that quality is measured on, apart from calibration; a file's path is relative to the recipe."""
 
@@ -54,6 +63,7 @@ class Recipe(_Part):
     steps: list[dict[str, dict[str, Any]]] = Field(min_length=1)
     evaluation: Evaluation
     calibration: Calibration = Calibration()
+    training: TrainingText | None = None
     bench: Bench = Bench()
     prompts: list[str] = []
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -93,12 +103,18 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if len(step) != 1:
             raise PipelineError(f"{path}: each step is one name with its fields, got {', '.join(step) or 'none'}")
     recipe.pipeline()
-    text = recipe.evaluation.text
-    beside = path.parent / text
-    if text != SELF and not text.startswith("hf:") and beside.is_file():
-        evaluation = recipe.evaluation.model_copy(update={"text": str(beside)})
-        recipe = recipe.model_copy(update={"evaluation": evaluation})
-    return recipe
+    evaluation = recipe.evaluation.model_copy(update={"text": _beside(path, recipe.evaluation.text)})
+    calibration = recipe.calibration.model_copy(update={"text": _beside(path, recipe.calibration.text)})
+    training = recipe.training
+    if training is not None:
+        training = training.model_copy(update={"text": [_beside(path, text) for text in training.text]})
+    return recipe.model_copy(update={"evaluation": evaluation, "calibration": calibration, "training": training})
+
+
+def _beside(path: Path, text: str) -> str:
+    """A text file where the recipe lies, if there is one; else the text as it was named."""
+    found = path.parent / text
+    return str(found) if text != SELF and not text.startswith("hf:") and found.is_file() else text
 
 
 def write_steps(pipeline: Pipeline) -> list[dict[str, dict[str, Any]]]:
@@ -126,6 +142,7 @@ def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg']}"
-    part = {"calibration": Calibration, "evaluation": Evaluation, "bench": Bench}.get(str(problem["loc"][0]), Recipe)
+    parts = {"calibration": Calibration, "training": TrainingText, "evaluation": Evaluation, "bench": Bench}
+    part = parts.get(str(problem["loc"][0]), Recipe)
     known = part.model_fields
     return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), known)} (keys: {', '.join(known)})"

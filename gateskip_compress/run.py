@@ -35,7 +35,7 @@ from .recipe import Recipe
 from .report import write_report
 from .source import cache_folder, load
 from .step import Context, Transform
-from .text import SELF, Passage, passages, self_written, windows
+from .text import SELF, Passage, packed, passages, self_written, windows
 from .track import untracked
 
 CURVE = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -54,6 +54,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     _claim(out, recipe)
     original, tokenizer = load(recipe.model, recipe.dtype)
     calibration, seconds = _timed(lambda: _calibration(recipe, original, tokenizer, track))
+    lessons = _lessons(recipe, tokenizer)
     held_out = _evaluation(recipe, original, tokenizer, track)
     first = out / "steps" / "0-original"
     if not (first / "stage.json").is_file():
@@ -70,7 +71,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         model.gateskip.tokenizer = tokenizer
     before = json.loads(([first, *folders][done] / "stage.json").read_text())
     for step, folder in list(zip(recipe.pipeline(), folders, strict=True))[done:]:
-        context = Context(calibration, recipe.seed, track, scratch=out / "steps" / "unfinished")
+        context = Context(calibration, recipe.seed, track, lessons, scratch=out / "steps" / "unfinished")
         _, taken = _timed(lambda step=step, context=context: apply(step, model, context))
         before = _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), before, track)
         shutil.rmtree(out / "steps" / "unfinished", ignore_errors=True)
@@ -135,6 +136,14 @@ def _calibration(
         cache=cache_folder(),
         track=track,
     )
+
+
+def _lessons(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
+    """What steps that train are trained on; none where the recipe names no text for it."""
+    part = recipe.training
+    if part is None:
+        return []
+    return packed(part.text, tokenizer, part.window_tokens, part.most_tokens, prompts=part.prompts, seed=recipe.seed)
 
 
 def _evaluation(

@@ -1,8 +1,8 @@
 """Text as token ids: from a file, from a Hugging Face dataset, or written by the model itself.
 
-Models are fitted on `windows`, documents end to end, and measured on `passages`: a chat by itself, where only the
-answers are scored. (End to end, a chat template's fixed opening comes back every hundred tokens. A model recalls it
-almost for free, and what a perplexity then shows is mostly how well it recalls it.)
+Models are fitted on `windows` and trained on `packed`, documents end to end, and measured on `passages`: a chat by
+itself, where only the answers are scored. (End to end, a chat template's fixed opening comes back every hundred tokens.
+A model recalls it almost for free, and what a perplexity then shows is mostly how well it recalls it.)
 
 A file is .txt (one long text), .json or .jsonl (records). A record is read by its keys, first match wins:
 
@@ -16,7 +16,7 @@ Chats go through the tokenizer's chat template; without one, question and answer
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def passages(
     return _some(found, source, most_tokens)
 
 
-def _some(found: list[Passage], source: str | Path, most_tokens: int) -> list[Passage]:
+def _some(found: list[Passage], source: object, most_tokens: int) -> list[Passage]:
     if not found:
         raise CalibrationError(f"{source} has nothing to score within {most_tokens} tokens")
     return found
@@ -127,6 +127,46 @@ def windows(
     if count == 0:
         raise CalibrationError(f"{source} has {len(ids)} tokens, fewer than one window of {window_tokens}")
     return torch.tensor(ids[: count * window_tokens]).view(count, window_tokens)
+
+
+def packed(
+    sources: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    window_tokens: int,
+    most_tokens: int,
+    *,
+    prompts: bool = False,
+    seed: int = 0,
+) -> list[Passage]:
+    """What models are trained on: documents of all sources in seeded order, end to end, cut into whole windows.
+
+    Args:
+        sources: Each as in `documents`.
+        tokenizer: As in `documents`.
+        window_tokens: Length of every passage.
+        most_tokens: Of all passages together.
+        prompts: Score the user's turns too, not the answers alone.
+        seed: Of the order.
+
+    Raises:
+        CalibrationError: the text is shorter than one window, or nothing in it is scored.
+    """
+    found = [document for source in sources for document in documents(source, tokenizer)]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = torch.cat([found[i].ids for i in order]) if found else torch.empty(0, dtype=torch.long)
+    scored = torch.cat([found[i].scored for i in order]) if found else torch.empty(0, dtype=torch.bool)
+    names = ", ".join(map(str, sources))
+    count = min(len(ids), most_tokens) // window_tokens
+    if count == 0:
+        raise CalibrationError(f"{names} has {len(ids)} tokens, fewer than one window of {window_tokens}")
+    inner = torch.arange(window_tokens) > 0
+    windows = [
+        Passage(row, inner if prompts else judged & inner)
+        for row, judged in zip(
+            ids[: count * window_tokens].view(count, -1), scored[: count * window_tokens].view(count, -1), strict=True
+        )
+    ]
+    return _some([passage for passage in windows if passage.scored.any()], names, most_tokens)
 
 
 def self_written(

@@ -14,8 +14,13 @@ torch.set_num_threads(1)  # tiny products lose more to threads than they gain
 
 
 @pytest.fixture(scope="session", params=list(FAMILY_CONFIGS))
-def gated_once(request):
-    return compress(tiny(request.param), GateSkip(budget=0.6, rank=4))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def gated_once(family):
+    return compress(tiny(family), GateSkip(budget=0.6, rank=4))
 
 
 @pytest.fixture

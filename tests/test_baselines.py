@@ -61,7 +61,18 @@ def test_it_skips_at_the_budget_asked_for(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [*((name, "llama") for name in BASELINES), ("softmax", "gemma3_text"), ("random", "qwen3")]
+    ("name", "family"),
+    [
+        *((name, "llama") for name in BASELINES),
+        ("softmax", "gemma3_text"),
+        ("softmax", "gpt2"),
+        ("random", "qwen3"),
+        ("random, lowrank", "opt"),
+        ("saturation", "olmo2"),
+        ("mixture of depths", "gpt_neox, sequential"),
+        ("batch quantile", "gpt2"),
+        *((name, "gpt_neox") for name in BASELINES),
+    ],
 )
 def test_compact_equals_masked(name, family):
     model = made(name, family)
@@ -83,6 +94,44 @@ def test_decisions_are_the_same_cached_and_in_any_batch(name):
         parts.append(logits(model, piece, past_key_values=cache_, use_cache=True))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
     torch.testing.assert_close(logits(model, ids[1:2, :20]), expected[1:2, :20], **CLOSE)
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_never_runs_and_changes_nothing(name, side):
+    model = made(name)
+    rows = [tokens(1, n, seed=30 + n) for n in (9, 24)]
+    ids, mask = torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 24, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(24 - row.shape[1], 24) if side == "left" else slice(row.shape[1])
+        ids[i, place], mask[i, place] = row[0], 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with decisions(model) as seen:
+        together = logits(model, ids, attention_mask=mask, position_ids=positions)
+    for row, real, found in zip(rows, mask.bool(), together, strict=True):
+        torch.testing.assert_close(found[real][None], logits(model, row), **CLOSE)
+    first = (mask == 1) & (mask.cumsum(1) == 1)
+    for decision in seen:
+        assert torch.equal(decision.real, mask.bool())
+        assert not decision.keep[mask == 0].any()
+        assert decision.keep[first].all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_the_batch_quantile(side):
+    model, row = made("batch quantile"), tokens(1, 24, seed=8)
+    with decisions(model) as alone:
+        expected = logits(model, row)
+    padding, place = torch.zeros(1, 9, dtype=torch.long), slice(9, 33) if side == "left" else slice(24)
+    ids = torch.cat((padding, row) if side == "left" else (row, padding), dim=1)
+    mask = torch.zeros_like(ids)
+    mask[:, place] = 1
+    with decisions(model) as padded:
+        found = logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    torch.testing.assert_close(found[:, place], expected, **CLOSE)
+    for with_padding, without in zip(padded, alone, strict=True):
+        assert torch.equal(with_padding.keep[:, place], without.keep)
+        assert not with_padding.keep[mask == 0].any()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -199,6 +248,12 @@ def test_the_batch_quantile_skips_its_share_of_every_call_and_so_depends_on_the_
     with decisions(model) as seen:
         logits(model, ids[:1, 20:21], past_key_values=cache_, use_cache=True)
     assert all(d.keep.all() for d in seen)  # one token is its own quantile: the reference never skips it
+
+
+def test_checkpointing_is_refused_where_it_would_drop_out():
+    step = MixtureOfDepths(g.Training(steps=1, checkpointing=True))
+    with pytest.raises(g.UnsupportedModel, match=r"drop out 0\.1 in each block"):
+        step.apply(tiny("opt"), Context(CALIBRATION))
 
 
 @pytest.mark.parametrize("name", BASELINES)

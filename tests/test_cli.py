@@ -17,6 +17,7 @@ def place(tmp_path_factory):
     model = compress(tiny(), g.GateSkip(budget=0.9, rank=4), g.Quantize(group_size=32), g.SelfSpeculation(0.6, 2))
     model.gateskip.original["source"] = str(place / "plain")
     model.save_pretrained(place / "small")
+    compress(tiny(), g.Prune(blocks=1)).save_pretrained(place / "pruned")
     (place / "text.txt").write_text(" ".join(f"w{3 + i * 7 % 90}" for i in range(400)))
     recipe = {
         "model": str(place / "plain"),
@@ -107,6 +108,25 @@ def test_a_run_resumes_after_a_kill_and_reports(call, place, monkeypatch):
     assert "another recipe" in err
 
 
+def test_inspect_shows_where_gates_skip(call, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--text", place / "text.txt", "--budget", 0.8)
+    code, out, err = call("inspect", place / "small", *flags, "--passage", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found == json.loads((tmp_path / "insight.json").read_text(encoding="utf-8"))
+    assert found["budget"] == 0.8
+    assert 0.7 < found["macs_share"] < 0.9
+    assert found["passage"]["number"] == 2
+    assert "<!doctype html>" in (tmp_path / "insight.html").read_text(encoding="utf-8")
+    code, out, err = call("inspect", place / "small", *flags, "--out", tmp_path / "new" / "page.html")
+    assert code == 0, err
+    assert "page.html" in out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"page.html", "page.json"}
+    code, out, _ = call("inspect", place / "small", "--json")
+    assert json.loads(out)["whole"]
+
+
 def _interrupt(*_):
     raise KeyboardInterrupt
 
@@ -122,6 +142,16 @@ def _interrupt(*_):
         (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
         (("eval", "{small}", "--text", "{text}", "--window-tokens", "1"), "window_tokens 1 must be at least 2"),
         (("inspect", "{plain}"), "not a checkpoint of ours"),
+        (("inspect", "{small}", "--budget", "0.8"), "--budget 0.8 says how a text is looked into; give --text too"),
+        (("inspect", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
+        (("inspect", "{plain}", "--text", "{text}"), "not a checkpoint of ours"),
+        (("inspect", "{pruned}", "--text", "{text}"), "no gates"),
+        (("inspect", "{small}", "--text", "{text}", "--passage", "3"), "passage 3 must be from 1 to 2"),
+        (("inspect", "{small}", "--text", "{text}", "--passage", "0"), "passage 0 must be from 1 to 2"),
+        (("inspect", "{small}", "--text", "{text}", "--budget", "0.01"), "budget 0.01 is below 0."),
+        (("inspect", "{small}", "--text", "{text}", "--budget", "1"), "budget 1 runs every branch"),
+        (("inspect", "{small}", "--text", "{text}", "--out", "{small}/page.html"), "is inside the checkpoint"),
+        (("inspect", "{small}", "--text", "{text}", "--out", "page.txt"), "page.txt must end in .html"),
         (("report", "{plain}"), "not a finished run"),
         (("bench", "{small}", "--runs", "0"), "--runs 0 must be at least 1"),
         (("plan", "{recipe}", "--set", "quantize.group_size=48"), "48 must be one of 32, 64, 128"),
@@ -131,6 +161,7 @@ def _interrupt(*_):
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, call, place):
     names = {
         "small": place / "small",
+        "pruned": place / "pruned",
         "plain": place / "plain",
         "text": place / "text.txt",
         "recipe": place / "recipe.yaml",

@@ -221,7 +221,7 @@ def test_bad_settings_are_refused(settings, message):
         g.GateSkip(**settings)
 
 
-@pytest.mark.parametrize("field", ["kind", "where", "allocation", "placement", "surrogate"])
+@pytest.mark.parametrize("field", ["kind", "where", "allocation", "placement", "surrogate", "kv"])
 def test_a_choice_that_is_none_names_the_choices(field):
     with pytest.raises(g.PipelineError, match=rf"gateskip.{field} = 'nothing': Input should be '"):
         build("gateskip", {field: "nothing"})

@@ -16,8 +16,8 @@ def logits(model, ids, **kwargs):
     return model(ids, **kwargs).logits
 
 
-def test_budget_1_leaves_logits_bit_equal(gated):
-    plain = tiny(gated.config.model_type)
+def test_budget_1_leaves_logits_bit_equal(gated, family):
+    plain = tiny(family)
     ids = tokens(2, 40, seed=3)
     with g.budget(gated, 1):
         assert torch.equal(logits(gated, ids), logits(plain, ids))

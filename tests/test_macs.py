@@ -8,6 +8,8 @@ from gateskip_compress.macs import count_macs, ungated_macs_per_token
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_shapes_and_running_agree(family, attention):
     model = tiny(family)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("transformers has no sdpa here")
     model.set_attn_implementation(attention)
     ids = tokens(2, 32)
     rotary = 2 * 32 * 8 * 2  # the tables' own products, at most two tables

@@ -51,3 +51,17 @@ def test_mistakes_are_named(change, message, tmp_path):
 def test_overrides_that_match_nothing_are_refused(override):
     with pytest.raises(g.PipelineError, match="--set"):
         g.read_recipe(DEMO, [override])
+
+
+def test_text_beside_the_recipe_is_found(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "r.yaml").write_text(
+        "model: x\nevaluation: {text: a.txt}\ncalibration: {text: a.txt}\n"
+        "training: {text: [a.txt, 'hf:name:train']}\nsteps: [prune: {blocks: 1}]\n"
+    )
+    recipe = g.read_recipe(tmp_path / "r.yaml")
+    found = str(tmp_path / "a.txt")
+    assert (recipe.evaluation.text, recipe.calibration.text) == (found, found)
+    assert recipe.training.text == [found, "hf:name:train"]
+    with pytest.raises(g.PipelineError, match=r"unknown key 'training\.promts', did you mean 'prompts'"):
+        g.read_recipe(tmp_path / "r.yaml", ["training.promts=true"])

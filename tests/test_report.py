@@ -387,4 +387,5 @@ def test_a_picture_of_nothing_says_so(report):
 
 
 def test_templates_come_with_the_package():
-    assert {path.name for path in Path(render.__file__).parent.glob("*.j2")} == {"report.html.j2", "report.md.j2"}
+    names = {path.name for path in Path(render.__file__).parent.glob("*.j2")}
+    assert names == {"report.html.j2", "report.md.j2", "insight.html.j2", "style.css.j2"}

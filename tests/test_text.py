@@ -6,7 +6,7 @@ from tiny_models import tiny, tiny_tokenizer
 
 import gateskip_compress as g
 from gateskip_compress.losses import kl_divergence
-from gateskip_compress.text import Passage, chat_prompt, passages, self_written, windows
+from gateskip_compress.text import Passage, chat_prompt, packed, passages, self_written, windows
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3' if m.role == 'user' else 'w4' }} {{ m.content }} w5 {% endfor %}"
@@ -53,6 +53,24 @@ def test_long_documents_are_cut_and_nothing_is_beyond_the_most(tmp_path):
     assert max(len(passage.ids) for passage in found) == 16
     assert not any(passage.scored[0] for passage in found)
     assert all(passage.scored[1:].all() for passage in found[:2])
+
+
+def test_training_windows_hold_every_document_once_in_seeded_order(tmp_path):
+    chats = [{"prompt": f"w{10 + i} w11", "response": f"w{40 + i} w13"} for i in range(12)]
+    path = write(tmp_path, chats)
+    found = packed([path], tiny_tokenizer(), 8, 512, seed=3)
+    assert len(found) == 6
+    ids = torch.cat([passage.ids for passage in found]).tolist()
+    assert sorted(ids) == sorted([*range(10, 22), *range(40, 52), *[11, 13] * 12])
+    assert ids != sorted(ids)
+    for passage in found:
+        places = passage.scored.nonzero().squeeze(1)
+        assert all(int(passage.ids[i]) == 13 or 40 <= int(passage.ids[i]) < 52 for i in places)
+    prompts = packed([path], tiny_tokenizer(), 8, 24, prompts=True, seed=3)
+    assert [passage.ids.tolist() for passage in prompts] == [passage.ids.tolist() for passage in found[:3]]
+    assert all(passage.scored.tolist() == [False] + [True] * 7 for passage in prompts)
+    with pytest.raises(g.CalibrationError, match="has 48 tokens, fewer than one window of 64"):
+        packed([path], tiny_tokenizer(), 64, 512)
 
 
 def test_nothing_to_score_is_said(tmp_path):

@@ -42,7 +42,7 @@ def test_training_brings_the_gated_model_nearer_to_the_ungated():
     assert distance(trained) < 0.8 * distance(untrained)
     record = trained.gateskip.steps[-1]["record"]["training"]
     assert len(record["losses"]) == len(record["budgets"]) == 40
-    assert record["budgets"][0] > 1  # gates cost, and nothing skips yet
+    assert 0.96 < record["budgets"][0] < 1.01  # the schedule starts near 1
     assert sum(record["budgets"][-5:]) / 5 == pytest.approx(0.7, abs=0.03)
     assert record["tokens"] == 40 * 4 * 47
 
@@ -74,12 +74,14 @@ def test_scaling_gates_close_under_their_loss(kind, gate_loss):
     means = []
     for weight in (0.0, 50.0):
         training = g.Training(
-            steps=8, batch=2, train="gates", gate_rate=0.02, gate_loss=gate_loss, gate_weight=weight, ramp=0
+            steps=8, batch=2, train="gates", gate_rate=0.05, gate_loss=gate_loss, gate_weight=weight, ramp=0
         )
-        model = compress(tiny(), g.GateSkip(kind=kind, budget=0.95, rank=4, training=training))
+        # mlp gates alone cost more than a tiny model can save
+        budget = 1 if kind == "mlp" else 0.95
+        model = compress(tiny(), g.GateSkip(kind=kind, budget=budget, rank=4, training=training))
         seen = observe(model, CALIBRATION[:2], None)
         means.append(torch.stack([d.score.mean() for d in seen]).mean().item())
-        assert torch.cat([d.score.flatten() for d in seen]).std() > 1e-4  # they tell tokens apart
+    assert torch.cat([d.score.flatten() for d in seen]).std() > 1e-4  # they tell tokens apart
     assert means[1] < means[0] - 1e-3
 
 
@@ -105,7 +107,7 @@ def test_checkpointing_gives_the_same_gradients():
 def test_bf16_autocast_runs():
     training = g.Training(steps=3, batch=2, precision="bf16", ramp=0)
     record = compress(tiny(), g.GateSkip(budget=0.7, rank=4, training=training)).gateskip.steps[-1]["record"]
-    assert all(0 < loss < 10 for loss in record["training"]["losses"])
+    assert all(0 < loss < 2 for loss in record["training"]["losses"])
 
 
 def gated():
@@ -262,7 +264,7 @@ def test_a_trained_stack_is_a_recipe_and_a_checkpoint(tmp_path):
 
 def test_the_schedule_falls_straight_and_stays():
     training = g.Training(steps=100, ramp=0.5)
-    assert [training.budget_at(step, 0.6) for step in (0, 25, 50, 99)] == pytest.approx([1.0, 0.8, 0.6, 0.6])
+    assert [training.budget_at(step, 0.6) for step in (0, 24, 49, 99)] == pytest.approx([0.992, 0.8, 0.6, 0.6])
 
 
 def test_start_leaves_the_dial_as_it_was():

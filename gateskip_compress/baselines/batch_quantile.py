@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..gating.block import GatedBlock, gate_block
+from ..gating.block import GatedBlock
 from ..gating.calibrate import CALIBRATION_TOKENS, everywhere, observe, spent
 from ..gating.dial import Decision, Setting, dial_of
 from ..gating.transform import GateSkip
 from ..model import Branch, blocks
+from ..model.attention import Sight
 from ..step import Context, Record
 
 
@@ -38,8 +39,9 @@ class BatchQuantile:
         """Put gates in, in place, and let the call decide; the dial's thresholds are then shares that skip."""
         record = self.gates.apply(model, context)
         dial = dial_of(model)
-        for layer, block in enumerate(blocks(model)):
-            gate_block(block, block.branches, block.gates, dial, layer, block.before, _QuantileBlock)  # pyright: ignore[reportArgumentType]
+        for block in blocks(model):
+            form = type(block)
+            block.__class__ = type(f"Quantile{form.__name__}", (_QuantileBlock, form), {"__module__": __name__})
         windows = context.calibration[: max(1, CALIBRATION_TOKENS // context.calibration.shape[1])].to(model.device)
         # what is spent is a straight line in the share that skips, so its two ends are the whole table
         ends = []
@@ -56,11 +58,10 @@ class _QuantileBlock(GatedBlock):
     """A block whose thresholds are shares of the call's tokens."""
 
     def decide(
-        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, given: dict[str, Any]
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
     ) -> Decision:
-        decision, share = super().decide(branch, x, earlier, given), self._threshold(branch)
-        first = (given["position_ids"] == 0).expand(x.shape[:2])
-        others = decision.score[~first].float()
-        if share <= 0 or x.shape[0] * x.shape[1] == 1 or len(others) == 0:
-            return replace(decision, keep=first.new_ones(first.shape))
-        return replace(decision, keep=first | (decision.score > others.quantile(share)))
+        decision, share = super().decide(branch, x, earlier, seen, given), self._threshold(branch)
+        others = decision.score[seen.real & ~seen.first].float()
+        if share <= 0 or decision.tokens == 1 or len(others) == 0:
+            return replace(decision, keep=seen.real)
+        return replace(decision, keep=seen.first | (seen.real & (decision.score > others.quantile(share))))

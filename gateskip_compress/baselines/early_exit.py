@@ -2,7 +2,7 @@
 
 Before block l, a token with hidden state h_l leaves for good once its confidence reaches a threshold λ,
 
-    softmax      c_l = p₁ - p₂      the two largest of softmax(head(norm(h_l)))
+    softmax      c_l = p₁ - p₂      the two largest of softmax(logits(h_l)), with the final norm and the output head
     saturation   c_l = cos(h_l, h_(l-1))
 
 and h_l goes unchanged to the output head. Later tokens may attend to it, so its keys and values are computed in all
@@ -11,7 +11,7 @@ blocks above, from h_l (the paper's state propagation). One λ serves all blocks
     score_l = -max(c_1 … c_l) until the exit, and stays what it was from there on; exit where score_l <= -λ.
 
 The first block always runs, since there is nothing before it, and so does the first token of a sequence, as under all
-our gates. The confidence of a token that has left is not measured again.
+our gates. The confidence of a token that has left is not measured again; that of padding is, once.
 
 We differ from the paper: nothing is trained here (it trains all layers to predict), and λ is calibrated for a share of
 multiply-adds instead of a bound on the loss of quality.
@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
@@ -35,7 +35,8 @@ from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
 from ..gating.transform import check_attention, put_in
-from ..model import BRANCH_KINDS, Branch, blocks, branches, read_out, width
+from ..model import BRANCH_KINDS, Branch, ReadOut, blocks, branches, read_out, width
+from ..model.attention import Sight
 from ..step import Context, Record
 
 Confidence = Literal["softmax", "saturation"]
@@ -84,14 +85,14 @@ class _State:
     """What the blocks of one model hand upwards during one call.
 
     Args:
-        read_out: Final norm and output head, for softmax; None measures saturation.
+        read_out: For softmax; None measures saturation.
     """
 
     score: Float[Tensor, "b t"]
     running: Bool[Tensor, "b t"]
     hidden: Float[Tensor, "b t d"]
 
-    def __init__(self, read_out: tuple[nn.Module, nn.Module] | None) -> None:
+    def __init__(self, read_out: ReadOut | None) -> None:
         self.read_out = read_out
 
     def enter(self, layer: int, hidden: Float[Tensor, "b t d"]) -> None:
@@ -104,8 +105,7 @@ class _State:
             if self.read_out is None:
                 sure = saturation(self.hidden[self.running], now)
             else:
-                norm, head = self.read_out
-                sure = softmax_gap(head(norm(now)))
+                sure = softmax_gap(self.read_out(now))
             self.score = self.score.masked_scatter(self.running, torch.minimum(self.score[self.running], -sure))
         self.hidden = hidden
 
@@ -121,14 +121,14 @@ class _ExitBlock(GatedBlock):
         return super().forward(hidden_states, *args, **kwargs)
 
     def decide(
-        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, given: dict[str, Any]
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
     ) -> Decision:
-        del x
+        del x, given
         if earlier is not None:
             return replace(earlier, kind=branch.kind)
         score = self.state.score
-        self.state.running = (score > self._threshold(branch)) | (given["position_ids"] == 0)
-        return Decision(self.layer, branch.kind, score, self.state.running)
+        self.state.running = self._keep(branch, score, seen)
+        return Decision(self.layer, branch.kind, score, self.state.running, real=seen.real)
 
 
 def saturation(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -28,8 +28,9 @@ from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
 from ..gating.train import Training, train_gates
-from ..gating.transform import check_attention, put_in
+from ..gating.transform import check_attention, check_dropout, put_in
 from ..model import Branch, blocks, branches, width
+from ..model.attention import Sight
 from ..step import Context, Record
 
 
@@ -58,6 +59,7 @@ class MixtureOfDepths:
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Put routers in, in place, train them, calibrate thresholds and turn the dial to `budget`."""
         check_attention(model)
+        check_dropout(model, self.training)
         branches(model)
         if self.every > len(blocks(model)):
             raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
@@ -76,6 +78,6 @@ class _RoutedBlock(GatedBlock):
     """A block whose router, on its attention, decides for the whole of it and weighs the whole of it."""
 
     def decide(
-        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, given: dict[str, Any]
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
     ) -> Decision:
-        return super().decide(branch, x, None, given) if earlier is None else replace(earlier, kind=branch.kind)
+        return super().decide(branch, x, None, seen, given) if earlier is None else replace(earlier, kind=branch.kind)

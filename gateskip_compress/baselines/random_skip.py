@@ -20,6 +20,7 @@ from ..gating.fit import Gates, fit_gates
 from ..gating.gate import Gate, Surrogate
 from ..gating.transform import check_attention, put_in
 from ..model import BRANCH_KINDS, Branch, blocks, branches, width
+from ..model.attention import Sight
 from ..step import Context, Record
 
 _BITS = 0xFFFFFFFF
@@ -70,14 +71,13 @@ class _RandomBlock(GatedBlock):
     offset: int
 
     def decide(
-        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, given: dict[str, Any]
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
     ) -> Decision:
         del earlier
         positions = given["position_ids"]
         score = random_score(positions, self.offset + BRANCH_KINDS.index(branch.kind))
-        keep = (score > self._threshold(branch)) | (positions == 0)
-        rows = x.shape[:2]
-        return Decision(self.layer, branch.kind, score.expand(rows), keep.expand(rows))
+        score = score.expand(x.shape[:2])
+        return Decision(self.layer, branch.kind, score, self._keep(branch, score, seen), real=seen.real)
 
 
 def random_score(positions: Int[Tensor, "b t"], stream: int) -> Float[Tensor, "b t"]:

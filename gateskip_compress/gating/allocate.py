@@ -19,7 +19,7 @@ from ..macs import branch_costs
 from ..model import BRANCH_KINDS, blocks
 from ..step import Context
 from .calibrate import everywhere, observe
-from .dial import RUN_ALL, decisions
+from .dial import RUN_ALL, branch_index, decisions
 from .gate import Gate
 
 MEASURED_TOKENS = 1024
@@ -36,13 +36,13 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     original = [model(window[None], use_cache=False).logits[0].float() for window in windows]
     costs = branch_costs(model, windows.shape[1])
     shifts = [0.0] * len(run_all)
-    gated = [i for i in range(len(shifts)) if any(_index(d.layer, d.kind) == i for d in seen)]
+    gated = [i for i in range(len(shifts)) if any(branch_index(d.layer, d.kind) == i for d in seen)]
     for index in context.track(gated, "measure sensitivity"):
         kind = BRANCH_KINDS[index % 2]
-        scores = torch.cat([d.score[:, 1:].flatten() for d in seen if _index(d.layer, d.kind) == index])
+        scores = torch.cat([d.movable for d in seen if branch_index(d.layer, d.kind) == index])
         threshold = float(scores.quantile(SKIPPED_SHARE))
         gate: Gate = blocks(model)[index // 2].gates[kind]  # pyright: ignore[reportAssignmentType]
-        saved = max(1, costs[kind].kept - gate.replace_macs)
+        saved = max(1, costs[index // 2, kind].kept - gate.replace_macs)
         predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
         with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
             lost = [
@@ -57,7 +57,3 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
         gate = blocks(model)[index // 2].gates[BRANCH_KINDS[index % 2]]  # pyright: ignore[reportAssignmentType]
         gate.score_bias.data.add_(shifts[index])
     return shifts
-
-
-def _index(layer: int, kind: str) -> int:
-    return len(BRANCH_KINDS) * layer + BRANCH_KINDS.index(kind)

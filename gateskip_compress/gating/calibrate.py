@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..macs import branch_costs, ungated_macs_per_token
 from ..model import BRANCH_KINDS, blocks
 from ..step import Context
-from .dial import RUN_ALL, Decision, Setting, Thresholds, decisions
+from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decisions
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
@@ -77,7 +77,7 @@ def spent(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> 
     ran = tokens * ungated_macs_per_token(model, context_tokens)
     full = ran
     for decision in seen:
-        cost, count, kept = costs[decision.kind], decision.keep.numel(), int(decision.keep.sum())
+        cost, count, kept = costs[decision.layer, decision.kind], decision.tokens, int(decision.keep.sum())
         ran += count * cost.gate - (count - kept) * (cost.kept - cost.skipped)
         executed, executions = executed + kept, executions + count
     return Spent(ran / full, executed / executions)
@@ -85,11 +85,7 @@ def spent(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> 
 
 def floor(model: PreTrainedModel, seen: list[Decision], context_tokens: int) -> float:
     """What is spent where every token skips all that it may."""
-    skipped = []
-    for decision in seen:
-        keep = torch.zeros_like(decision.keep)
-        keep[:, 0] = True
-        skipped.append(replace(decision, keep=keep))
+    skipped = [replace(decision, keep=decision.keep & ~decision.free) for decision in seen]
     return spent(model, skipped, context_tokens).budget
 
 
@@ -101,12 +97,13 @@ def thresholds_for(
     scores: dict[int, list[Tensor]] = {}
     saved: dict[int, int] = {}
     for decision in seen:
-        index = 2 * decision.layer + BRANCH_KINDS.index(decision.kind)
-        scores.setdefault(index, []).append(decision.score[:, 1:].flatten())  # first tokens never skip
-        saved[index] = costs[decision.kind].kept - costs[decision.kind].skipped
+        index = branch_index(decision.layer, decision.kind)
+        scores.setdefault(index, []).append(decision.movable)
+        cost = costs[decision.layer, decision.kind]
+        saved[index] = cost.kept - cost.skipped
     movable = {index: torch.cat(parts) for index, parts in scores.items()}
     # all kept: more than the ungated model, by the gates' own cost
-    gates = sum(decision.keep.numel() * costs[decision.kind].gate for decision in seen)
+    gates = sum(decision.tokens * costs[decision.layer, decision.kind].gate for decision in seen)
     surplus = _tokens(seen) * ungated_macs_per_token(model, context_tokens) * (1 - target) + gates
     if surplus > sum(len(part) * saved[index] for index, part in movable.items()):
         return None
@@ -128,4 +125,4 @@ def _one_threshold(movable: dict[int, Float[Tensor, " n"]], saved: dict[int, int
 def _tokens(seen: list[Decision]) -> int:
     """Tokens behind the decisions."""
     first = seen[0]
-    return sum(d.keep.numel() for d in seen if (d.layer, d.kind) == (first.layer, first.kind))
+    return sum(d.tokens for d in seen if (d.layer, d.kind) == (first.layer, first.kind))

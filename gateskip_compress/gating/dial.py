@@ -11,16 +11,23 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import blocks
+from ..model import BRANCH_KINDS, blocks
 
 Thresholds = tuple[float, ...]
 """One for each branch: attention of layer l at 2l, its MLP at 2l + 1."""
 RUN_ALL = float("-inf")
+"""Threshold that every score is above."""
 How = Literal["compact", "masked", "soft", "off"]
+
+
+def branch_index(layer: int, kind: str) -> int:
+    """A branch's place among all: attention of layer l at 2l, its MLP at 2l + 1."""
+    return len(BRANCH_KINDS) * layer + BRANCH_KINDS.index(kind)
 
 
 @dataclass(frozen=True)
@@ -34,33 +41,63 @@ class Setting:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one branch decided in one call; collected where a caller asks for it."""
+    """What one branch decided in one call; collected where a caller asks for it.
+
+    Args:
+        layer: Of the block.
+        kind: Of the branch.
+        score: (b, t).
+        keep: (b, t); padding is never kept.
+        scale: (b, t, d or 1); None is 1.
+        real: Tokens that are no padding, (b, t); None is all.
+    """
 
     layer: int
     kind: str
     score: Tensor
     keep: Tensor
     scale: Tensor | None = None
+    real: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many it decided about, padding left out."""
+        return self.keep.numel() if self.real is None else int(self.real.sum())
+
+    @property
+    def free(self) -> Tensor:
+        """Tokens that may skip: real, and not the first of their sequence; of whole sequences only."""
+        real = torch.ones_like(self.keep) if self.real is None else self.real
+        return real & (real.cumsum(1) > 1)
+
+    @property
+    def movable(self) -> Tensor:
+        """Their scores."""
+        return self.score[self.free]
 
 
 @dataclass
 class Dial:
-    """State that all gated blocks of one model share; plain numbers, changed only by `budget` and its siblings below.
+    """State that all gated blocks of one model share; its numbers are changed only by `budget` and its siblings below.
 
     Args:
         table: Calibrated settings, highest budget first.
         budget: The share asked for.
         thresholds: Tokens that score at or below their branch's skip; None runs everything.
         how: `compact` computes only what is kept; `masked` everything, and masks; `soft` as masked, with a gradient
-            to scores straight through the decision; `off` runs the model as if it had no gates.
+            to scores straight through the decision, as wide as `spreads`; `off` runs the model as if it had no gates.
+        spreads: Standard deviation of each branch's scores, for `soft`; in the order of thresholds.
         decisions: Where blocks append their decisions, or None.
+        below: New keys and values of the block below, while a model that copies them runs.
     """
 
     table: tuple[Setting, ...] = ()
     budget: float = 1.0
     thresholds: Thresholds | None = None
     how: How = "compact"
+    spreads: tuple[float, ...] = field(default=(), repr=False)
     decisions: list[Decision] | None = field(default=None, repr=False)
+    below: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def floor(self) -> float:

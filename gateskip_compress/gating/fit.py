@@ -10,18 +10,16 @@ that the surrogate has not seen.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
 from ..macs import branch_costs
-from ..model import Branch, blocks, branches, width
+from ..model import watch, width
 from ..step import Context
 from .closed_form import Moments, effect, reduced_rank, regress
 from .gate import Gate
@@ -81,7 +79,7 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         gate = gates[layer, kind]
         slope, intercept = regress(moments, RIDGE)
         gate.score_weight.data.copy_(slope[:, 0])
-        gate.score_bias.data.copy_(intercept - 0.5 * math.log(max(1, costs[kind].kept - gate.replace_macs)))
+        gate.score_bias.data.copy_(intercept - 0.5 * math.log(max(1, costs[layer, kind].kept - gate.replace_macs)))
 
 
 def _set_surrogate(gate: Gate, outputs: Moments) -> None:
@@ -98,41 +96,11 @@ def _set_surrogate(gate: Gate, outputs: Moments) -> None:
 @torch.inference_mode()
 def _watch(model: PreTrainedModel, windows: Int[Tensor, "n t"], see: See, context: Context, description: str) -> None:
     """Run the windows and hand every branch's input, output and residual to `see`, first tokens left out."""
-    with _hooks(model, see):
+
+    def see_later(layer: int, kind: str, *parts: Tensor) -> None:
+        # the first token is never skipped, and its huge norms would bend every fit
+        see(layer, kind, *(part[:, 1:].flatten(0, 1) for part in parts))
+
+    with watch(model, see_later):
         for window in context.track(windows, description):
             model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
-
-
-@contextmanager
-def _hooks(model: PreTrainedModel, see: See) -> Iterator[None]:
-    """Listen to each branch's norm (its input is the residual, its output x) and to its last module (its output y)."""
-    handles = []
-    for layer, block in enumerate(blocks(model)):
-        for branch in branches(model):
-            held: dict[str, Tensor] = {}
-            norm, last = getattr(block, branch.norm), getattr(block, branch.post or branch.body)
-            handles.append(norm.register_forward_hook(partial(_hold, held)))
-            handles.append(last.register_forward_hook(partial(_pass_on, held, see, layer, branch)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hold(held: dict[str, Tensor], _module: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
-    held["residual"], held["x"] = args[0], x
-
-
-def _pass_on(
-    held: dict[str, Tensor],
-    see: See,
-    layer: int,
-    branch: Branch,
-    _module: nn.Module,
-    _args: object,
-    out: Tensor | tuple,
-) -> None:
-    y = out[0] if isinstance(out, tuple) else out
-    # the first token is never skipped, and its huge norms would bend every fit
-    see(layer, branch.kind, *(part[:, 1:].flatten(0, 1) for part in (held["x"], y, held["residual"])))

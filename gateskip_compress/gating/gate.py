@@ -14,6 +14,7 @@ where s(z) = sigmoid(z + 5) / sigmoid(5): the paper's start at bias 5, divided s
 The score of a gate with a scale is the mean of its scale over d (arXiv 2510.13876, eq. 3).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -76,13 +77,14 @@ class Gate(nn.Module):
         """What the branch's output is multiplied by; None is 1."""
         if self.kind in ("effect", None):
             return None
-        if self.kind == "scalar":
-            return _opening(self.line(x))
-        if self.kind in ("mlp", "lowrank"):
-            inner = self.inner(x)
-            return _opening(self.outer(inner.relu() if self.kind == "mlp" else inner))
-        scale = _opening(self._matrix[0](x))
-        return scale * _opening(self.line(x)) if self.kind == "hybrid" else scale
+        with _exactly(x.device):
+            if self.kind == "scalar":
+                return _opening(self.line(x))
+            if self.kind in ("mlp", "lowrank"):
+                inner = self.inner(x)
+                return _opening(self.outer(inner.relu() if self.kind == "mlp" else inner))
+            scale = _opening(self._matrix[0](x))
+            return scale * _opening(self.line(x)) if self.kind == "hybrid" else scale
 
     def score(self, x: Float[Tensor, "*n d"], scale: Tensor | None) -> Float[Tensor, "*n"]:
         """How much each token needs the branch; low scores skip.
@@ -93,7 +95,8 @@ class Gate(nn.Module):
         """
         if scale is not None:
             return scale.float().mean(-1)
-        return F.linear(x.float(), self.score_weight.float()[None], self.score_bias.float()).squeeze(-1)
+        with _exactly(x.device):
+            return F.linear(x.float(), self.score_weight.float()[None], self.score_bias.float()).squeeze(-1)
 
     def replace(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"] | None:
         """What each token adds to the stream when it skips; None is nothing."""
@@ -115,6 +118,12 @@ class Gate(nn.Module):
     def replace_macs(self) -> int:
         """Multiply-adds of one token's surrogate."""
         return 0 if self.surrogate != "lowrank" else self.down.numel() + self.up.numel()
+
+
+def _exactly(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: scores differ by less than bfloat16 tells apart, and rounding them costs quality."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
 
 
 def _opening(z: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from ..model import blocks, linears
 from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, train
-from .calibrate import Allocation, everywhere, floor, spent, thresholds_for
-from .dial import RUN_ALL, Decision, decisions, dial_of, skipping
+from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
+from .dial import RUN_ALL, Decision, branch_index, decisions, dial_of, skipping
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]
 LORA_RANK = 8
+FIRST_WINDOWS = 8
+"""Calibration windows that the first step's thresholds come from; the same however many processes train."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ class Training:
             raise ValueError("training has nothing to minimise: set distillation or cross_entropy above 0")
 
     def budget_at(self, step: int, final: float) -> float:
-        """The schedule: from 1 straight down to `final` over the ramp."""
+        """The schedule: straight down over the ramp, from just below 1 at step 0 to `final`.
+
+        Never 1: with nothing skipped the gradient is rounding noise, which the optimizer would take at full size.
+        """
         ramp = self.ramp * self.steps
-        return final if step >= ramp else 1 - (1 - final) * step / ramp
+        return final if step + 1 >= ramp else 1 - (1 - final) * (step + 1) / ramp
 
 
 def train_gates(
@@ -108,9 +113,21 @@ def train_gates(
     teacher = deepcopy(model) if training.train in ("lora", "all") else model
     if training.train == "lora":
         _add_adapters(model, context.seed)
-    state: dict[str, Any] = {"thresholds": list(everywhere(model, RUN_ALL)), "budgets": []}
     dial = dial_of(model)
     before, how = dial.thresholds, dial.how
+
+    def aim(rows: list[Decision], step: int, context_tokens: int) -> list[float]:
+        """Thresholds that would have spent a step's budget on tokens seen before it."""
+        found = thresholds_for(model, rows, training.budget_at(step, final), context_tokens, allocation)
+        if found is None:
+            least = floor(model, rows, context_tokens)
+            raise ValueError(f"budget {final} cannot be reached: with all skipped these gates still spend {least:.3f}")
+        return list(found)
+
+    windows = context.calibration[:FIRST_WINDOWS].to(model.device)
+    first = observe(model, windows, everywhere(model, RUN_ALL)) if final < 1 else []
+    start = aim(first, 0, windows.shape[1]) if final < 1 else list(everywhere(model, RUN_ALL))
+    state: dict[str, Any] = {"thresholds": start, "spreads": _spreads(model, first), "budgets": []}
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
         # not the accelerator's own autocast, whose precision is fixed for the whole process
@@ -122,7 +139,7 @@ def train_gates(
         with torch.no_grad(), skipping(teacher, "off"):
             reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
-        dial.how, dial.thresholds = "soft", tuple(state["thresholds"])
+        dial.how, dial.thresholds, dial.spreads = "soft", tuple(state["thresholds"]), tuple(state["spreads"])
         with decisions(model) as seen:
             logits = _scored_logits(model, batch)
         total = logits.new_zeros(())
@@ -135,16 +152,8 @@ def train_gates(
             total = total + training.gate_weight * len(logits) * _gate_loss(training.gate_loss, seen, batch, target)
         rows = [row for part in gather_object(_rows(seen, batch)) for row in part]
         state["budgets"].append(spent(model, rows, context_tokens).budget)
-        upcoming = training.budget_at(step + 1, final)
-        found = everywhere(model, RUN_ALL)
-        if upcoming < 1:
-            found = thresholds_for(model, rows, upcoming, context_tokens, allocation)
-            if found is None:
-                least = floor(model, rows, context_tokens)
-                raise ValueError(
-                    f"budget {final} cannot be reached: with all skipped these gates still spend {least:.3f}"
-                )
-        state["thresholds"] = list(found)
+        if final < 1:
+            state["thresholds"], state["spreads"] = aim(rows, step + 1, context_tokens), _spreads(model, rows)
         return total, len(logits)
 
     def describe() -> str:
@@ -153,7 +162,7 @@ def train_gates(
     for block in blocks(model):  # transformers checkpoints blocks in training mode only; their parts have no need of it
         block.training = training.checkpointing
     if training.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable")
     try:
         record = train(
             _groups(model, training),
@@ -169,11 +178,26 @@ def train_gates(
     finally:
         dial.thresholds, dial.how = before, how
         if training.checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")
         model.eval()
         if training.train == "lora":
             _merge_adapters(model)
     return {**record, "budgets": state["budgets"]}
+
+
+def _spreads(model: PreTrainedModel, rows: list[Decision]) -> list[float]:
+    """Standard deviation of each branch's scores over all processes' tokens; 1 for a branch that decides nothing."""
+    scores: dict[int, list[Tensor]] = {}
+    for row in rows:
+        scores.setdefault(branch_index(row.layer, row.kind), []).append(row.movable)
+    spreads = {index: float(torch.cat(parts).float().std()) for index, parts in scores.items()}
+    return [spreads.get(index, 1.0) for index in range(len(everywhere(model, RUN_ALL)))]
+
+
+def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) -> None:
+    """Turn activation checkpointing on or off, in place; transformers gave its methods another name in 5.2."""
+    new = f"activation_checkpointing_{how}"
+    getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{how}")()
 
 
 def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:

@@ -8,18 +8,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, branches, width
+from ..model import BRANCH_KINDS, blocks, check_copying, family_of, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import GatedBlock, gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
-from .dial import Dial, Setting, check_budget
+from .dial import Dial, Setting, check_budget, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, Surrogate
 from .train import Training, train_gates
 
 Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
+KeyValues = Literal["dense", "copy"]
 _WHERE: dict[str, tuple[str, ...]] = {
     "branches": BRANCH_KINDS,
     "attention": ("attention",),
@@ -48,10 +49,13 @@ class GateSkip:
         placement: Scales act `after` the branch, or `before` it.
         allocation: How the budget is spread over branches: `global`, `sensitivity` or `uniform`, see `calibrate.py`.
         training: How gates are trained after the closed form; None leaves them so.
+        kv: Keys and values of tokens that skip attention: computed all the same (`dense`), or a `copy` of those of the
+            block below at the same position (the paper's way): cheaper, and further from the ungated model.
 
     Raises:
         ValueError: A field is out of its range, or `budget` below what the calibrated gates can reach.
-        UnsupportedModel: The family is unknown, or it runs an attention kernel that cannot gather rows.
+        UnsupportedModel: The family is unknown, it runs an attention kernel that cannot gather rows, or its blocks
+            cannot copy keys and values from each other.
     """
 
     name: ClassVar[str] = "gateskip"
@@ -66,6 +70,7 @@ class GateSkip:
     placement: Placement = "after"
     allocation: Allocation = "global"
     training: Training | None = None
+    kv: KeyValues = "dense"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -75,6 +80,7 @@ class GateSkip:
             ("where", self.where, tuple(_WHERE)),
             ("placement", self.placement, ("after", "before")),
             ("allocation", self.allocation, ALLOCATIONS),
+            ("kv", self.kv, ("dense", "copy")),
         ):
             if value not in known:
                 raise ValueError(f"{field} {value!r} must be one of {', '.join(known)}")
@@ -88,15 +94,25 @@ class GateSkip:
         if self.kind == "effect" and self.training is not None and self.training.gate_loss != "none":
             raise ValueError("effect gates have no scale for a gate_loss to press on: use gate_loss='none'")
 
+        if self.kv == "copy" and self.where == "mlp":
+            raise ValueError("kv 'copy' is for tokens that skip attention, and where='mlp' skips none: use kv='dense'")
+        if self.kv == "copy" and self.training is not None and self.training.checkpointing:
+            raise ValueError(
+                "kv 'copy' hands keys from block to block, and checkpointing recomputes blocks one by one: "
+                "use training.checkpointing=False"
+            )
+
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
-        check_attention(model)
+        self._check(model)
         if self.every > len(blocks(model)):
             raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
         torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
         gates, dial = self._neutral(model), Dial()
-        fit_gates(model, gates, context)
-        put_in(model, gates, dial, before=self.placement == "before")
+        # before fitting, which asks what a skip will save
+        put_in(model, gates, dial, before=self.placement == "before", kv=self.kv)
+        with skipping(model, "off"):
+            fit_gates(model, gates, context)
         record: Record = {}
         if self.allocation == "sensitivity":
             record["sensitivity"] = weigh(model, context)
@@ -110,15 +126,22 @@ class GateSkip:
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
-        check_attention(model)
+        self._check(model)
         table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
         dial = Dial(table=tuple(table))
-        put_in(model, self._neutral(model), dial, before=self.placement == "before")
+        put_in(model, self._neutral(model), dial, before=self.placement == "before", kv=self.kv)
         dial.set(self.budget)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        check_attention(model)
+        if self.kv == "copy":
+            check_copying(model)
+        if self.training is not None:
+            check_dropout(model, self.training)
 
     def _neutral(self, model: PreTrainedModel) -> Gates:
         """Gates that change nothing yet; what is shared lies in the first."""
-        branches(model)
+        family_of(model)
         parameter, gates, shared = next(model.parameters()), {}, {}
         for layer in range(self.every - 1, len(blocks(model)), self.every):
             for kind in _WHERE[self.where]:
@@ -132,12 +155,32 @@ class GateSkip:
 
 
 def put_in(
-    model: PreTrainedModel, gates: Gates, dial: Dial, before: bool = False, form: type[GatedBlock] = GatedBlock
+    model: PreTrainedModel,
+    gates: Gates,
+    dial: Dial,
+    *,
+    before: bool = False,
+    kv: KeyValues = "dense",
+    form: type[GatedBlock] = GatedBlock,
 ) -> None:
-    """Gate all blocks of a model in place; arguments as in `gate_block`."""
+    """Gate all blocks of a model in place; `kv` is as in `GateSkip`, the rest as in `gate_block`."""
+    family = family_of(model)
+    parallel = family.parallel is not None and getattr(model.config, family.parallel)
+    copying = {layer for layer, kind in gates if kv == "copy" and kind == "attention" and layer > 0}
     for layer, block in enumerate(blocks(model)):
         own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
-        gate_block(block, branches(model), own, dial, layer, before, form)
+        gate_block(
+            block,
+            family,
+            own,
+            dial,
+            layer,
+            before=before,
+            parallel=parallel,
+            copies=layer in copying,
+            feeds=layer + 1 in copying,
+            form=form,
+        )
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -147,3 +190,13 @@ def check_attention(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
         )
+
+
+def check_dropout(model: PreTrainedModel, training: Training) -> None:
+    """Raise UnsupportedModel where training would drop out: transformers checkpoints blocks in training mode only."""
+    name = family_of(model).dropout
+    if name is None or not training.checkpointing:
+        return
+    rate = getattr(blocks(model)[0], name)
+    if rate > 0:
+        raise UnsupportedModel(f"checkpointing would drop out {rate} in each block: set its {name} to 0 first")

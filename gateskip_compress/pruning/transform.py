@@ -1,7 +1,7 @@
 """The Prune step: whole blocks out, least influential first."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -63,7 +63,7 @@ def block_influence(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> Tens
     """Mean influence of each block over the windows' tokens, (blocks,); first tokens are left out, as sinks."""
     totals = torch.zeros(len(blocks(model)), dtype=torch.float64)
 
-    def see(index: int, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def see(index: int, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         del module
         totals[index] += influence(args[0][:, 1:].flatten(0, 1), out[:, 1:].flatten(0, 1)).double().mean().cpu()
 

@@ -63,13 +63,15 @@ class Int4Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o d"]:
-        """The float matrix, written out anew at each call."""
+        """The float matrix, written out anew at each call unless `unpacked` holds it."""
+        if self._held is not None:
+            return self._held
         zero = torch.full_like(self.scale, 8, dtype=torch.uint8) if self.zero is None else self.zero
         return dequantize(Int4Weight(unpack(self.codes), self.scale, zero))
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
         """Dequantize, multiply."""
-        return F.linear(x, self.weight if self._held is None else self._held, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and grouping, for print(model)."""

@@ -108,12 +108,12 @@ def write_report(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """
     report = _finite_report(report)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     picture = draw(report)
     svg = picture["svg"].decode()
     recipe = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True)
     values = {**report, "verdict": verdict(report), "recipe_yaml": recipe, "picture": _inline(svg)}
-    pages = _pages()
+    pages = templates()
     content: dict[str, str | bytes] = {
         "report.md": pages.get_template("report.md.j2").render(values),
         "report.html": pages.get_template("report.html.j2").render(values),
@@ -121,7 +121,7 @@ def write_report(report: dict[str, Any], folder: Path) -> dict[str, Path]:
         "quality.png": picture["png"],
     }
     for name, data in content.items():
-        _replace(folder / name, data)
+        write_whole(folder / name, data)
     return {name: folder / name for name in ("report.json", *content)}
 
 
@@ -165,7 +165,8 @@ def inline(value: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*[]<>|" else c for c in " ".join(str(value).split()))
 
 
-def _pages() -> Environment:
+def templates() -> Environment:
+    """The package's templates, with this module's filters."""
     pages = Environment(
         loader=PackageLoader(str(__package__), ""),
         autoescape=select_autoescape(("html.j2",)),
@@ -205,7 +206,7 @@ def _finite(value: Any, where: str, lost: list[str]) -> Any:
     return value
 
 
-def _replace(path: Path, data: str | bytes) -> None:
+def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file beside, then in one move put it in place."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,0 +1,256 @@
+"""The parts of a model that the transforms work on: blocks, branches, projections, and what flows through them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModel
+from .family import FAMILIES, PER_BLOCK, Branch, Family
+
+See = Callable[[int, str, Tensor, Tensor, Tensor], None]
+"""Gets layer, branch kind, and the branch's input, output and residual, each (b, t, d)."""
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Where the model's parts are, after all of them were found.
+
+    Raises:
+        UnsupportedModel: the family is unknown, its config asks for something left out, or a block lacks a part; the
+            message says which.
+    """
+    name = model.config.model_type
+    if name not in FAMILIES:
+        raise UnsupportedModel(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[name]
+    reason = family.refusal(model.config)
+    if reason is not None:
+        raise UnsupportedModel(f"this {name} model is not supported: {reason}")
+    for index, block in enumerate(blocks(model)):
+        for branch in family.branches:
+            for part in filter(None, (branch.norm, *branch.body, branch.post)):
+                if not hasattr(block, part):
+                    raise UnsupportedModel(f"block {index} of this {name} model has no {part!r}")
+        attention = getattr(block, family.attention.body[0])
+        missing = [part for part in family.layout.parts if not hasattr(attention, part)]
+        if missing:
+            raise UnsupportedModel(f"attention of block {index} of this {name} model has no {', '.join(missing)}")
+    return family
+
+
+def branches(model: PreTrainedModel) -> tuple[Branch, Branch]:
+    """Names of the two branches in each of the model's blocks; raises as `family_of` does."""
+    return family_of(model).branches
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, first to last.
+
+    Raises:
+        UnsupportedModel: there is no list of blocks where the family has it.
+    """
+    path = _path(model)
+    found = _find(model, path)
+    if not isinstance(found, nn.ModuleList) or len(found) == 0:
+        raise UnsupportedModel(f"{type(model).__name__} has no blocks at {path}")
+    return found
+
+
+def width(model: PreTrainedModel) -> int:
+    """Size of the residual stream."""
+    return model.config.get_text_config().hidden_size
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """What turns the last block's output into logits.
+
+    Args:
+        norm: The final norm.
+        head: Output head.
+        softcap: Bound c on logits, c tanh(logit / c), or None.
+    """
+
+    norm: nn.Module
+    head: nn.Module
+    softcap: float | None
+
+    def __call__(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        """Logits."""
+        logits = self.head(self.norm(hidden))
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def read_out(model: PreTrainedModel) -> ReadOut:
+    """The model's own read-out, at any block.
+
+    Raises:
+        UnsupportedModel: the model has no output head, or no final norm where the family has it.
+    """
+    family = family_of(model)
+    norm = _find(model, family.norm)
+    if not isinstance(norm, nn.Module):  # OPT may be without, and then holds None
+        raise UnsupportedModel(f"{type(model).__name__} has no final norm at {family.norm}")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModel(f"{type(model).__name__} has no output head")
+    return ReadOut(norm, head, None if family.softcap is None else getattr(model.config, family.softcap))
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Widths of a projection's input and output; None of any other module."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    sizes: Any = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return None if None in sizes else sizes
+
+
+def projections(block: nn.Module, branch: Branch) -> dict[str, nn.Module]:
+    """The matrix products of a branch by their names in the block; what a projection is made of itself stays out."""
+    found: dict[str, nn.Module] = {}
+
+    def search(name: str, module: nn.Module) -> None:
+        if features(module) is not None:
+            found[name] = module
+            return
+        for child, inner in module.named_children():
+            search(f"{name}.{child}", inner)
+
+    for name in branch.body:
+        search(name, getattr(block, name))
+    return found
+
+
+def key_value_features(family: Family, block: nn.Module) -> int:
+    """How many keys and values a token has in all heads; what is neither queries nor output, fused or not."""
+    sizes = {name: features(module) for name, module in projections(block, family.attention).items()}
+    heads, _ = sizes.pop(f"{family.attention.body[0]}.{family.layout.out}") or (0, 0)
+    return sum(size[1] for size in sizes.values() if size) - heads
+
+
+def check_copying(model: PreTrainedModel) -> None:
+    """Refuse a model whose blocks cannot take over keys and values from the block below.
+
+    Raises:
+        UnsupportedModel: two neighbours lay out or turn their keys in different ways; the message says how.
+    """
+    family, ropes = family_of(model), getattr(model.config, "rope_parameters", None) or {}
+    before: dict[str, Any] = {}
+    for index, block in enumerate(blocks(model)):
+        attention = getattr(block, family.attention.body[0])
+        form = {
+            "keys and values": key_value_features(family, block),
+            "head width": getattr(attention, family.layout.head_dim),
+            "rotary positions": bool(getattr(attention, "use_rope", True)),
+            "rotary parameters": ropes.get(getattr(attention, "layer_type", None), ropes),
+        }
+        for what, value in form.items():
+            if before and value != before[what]:
+                raise UnsupportedModel(
+                    f"kv='copy' cannot give block {index} the keys of block {index - 1}: {what} {value} there, "
+                    f"{before[what]} here; use kv='dense'"
+                )
+        before = form
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The float projections inside the branches by their full names; embeddings, head and gates are not among them.
+
+    A `Conv1D` (GPT-2), whose matrix lies the other way around, comes as a linear layer that shares its memory.
+    """
+    return {
+        f"{_path(model)}.{index}.{name}": _as_linear(module)
+        for index, block in enumerate(blocks(model))
+        for branch in branches(model)
+        for name, module in projections(block, branch).items()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def remove_blocks(model: PreTrainedModel, removed: list[int]) -> None:
+    """Take blocks out of the model in place; its config then describes a plain, smaller model.
+
+    Raises:
+        UnsupportedModel: what a block computes depends on its place, so that the smaller model would be another.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedModel("cannot drop blocks: scale_attn_by_inverse_layer_idx is True, scales follow places")
+    kept = [index for index in range(len(blocks(model))) if index not in set(removed)]
+    layers = nn.ModuleList(blocks(model)[index] for index in kept)
+    for position, block in enumerate(layers):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # the K/V cache is indexed by it
+    model.set_submodule(_path(model), layers)
+    config.num_hidden_layers = len(kept)
+    for name in PER_BLOCK:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
+
+
+@contextmanager
+def watch(model: PreTrainedModel, see: See) -> Iterator[None]:
+    """Hand every branch's input, output (after its post-norm) and residual to `see`, while the model runs as it is."""
+    handles = []
+    for layer, block in enumerate(blocks(model)):
+        for branch in branches(model):
+            held: dict[str, Tensor] = {}
+            last = getattr(block, branch.post or branch.body[-1])
+            handles += [
+                # all hold the same where a part is missing; the later, inner one wins
+                block.register_forward_pre_hook(partial(_hold, held, "hidden"), with_kwargs=True),
+                getattr(block, branch.norm or branch.body[0]).register_forward_pre_hook(
+                    partial(_hold, held, "residual"), with_kwargs=True
+                ),
+                getattr(block, branch.body[0]).register_forward_pre_hook(partial(_hold, held, "x"), with_kwargs=True),
+                last.register_forward_hook(partial(_pass_on, held, see, layer, branch.kind)),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hold(
+    held: dict[str, Tensor], name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    held[name] = args[0] if args else kwargs["hidden_states"]
+
+
+def _pass_on(
+    held: dict[str, Tensor], see: See, layer: int, kind: str, _module: nn.Module, _args: object, out: Tensor | tuple
+) -> None:
+    y = out[0] if isinstance(out, tuple) else out
+    shape = held["hidden"].shape  # OPT flattens tokens inside its MLP
+    see(layer, kind, *(part.view(shape) for part in (held["x"], y, held["residual"])))
+
+
+def _find(model: PreTrainedModel, path: str) -> object:
+    """What lies at a path, None where nothing does."""
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _path(model: PreTrainedModel) -> str:
+    family = FAMILIES.get(model.config.model_type)
+    return "model.layers" if family is None else family.blocks
+
+
+def _as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
+    if isinstance(module, nn.Linear):
+        return module
+    linear = nn.Linear(module.nx, module.nf, device="meta")
+    with torch.no_grad():
+        linear.weight, linear.bias = nn.Parameter(module.weight.T, requires_grad=False), module.bias
+    return linear
