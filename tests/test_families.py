@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, St
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, spent
 from gateskip_compress.gating.dial import decisions, dial_of
-from gateskip_compress.model import blocks, branches, linears, watch
+from gateskip_compress.model import blocks, branches, linears, read_out, watch
 from gateskip_compress.quantization.linear import Int4Linear
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)
@@ -132,6 +132,32 @@ def test_branches_add_up_to_the_block(family):
         torch.testing.assert_close(residual + attention + mlp, hidden[layer + 1], **CLOSE)
         parallel = getattr(model.config, "use_parallel_residual", False)
         torch.testing.assert_close(later, residual if parallel else residual + attention, **CLOSE)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "soft cap"])
+@torch.no_grad()
+def test_the_read_out_turns_the_last_block_into_logits(family, softcap):
+    model = tiny(family)
+    if softcap is not None:
+        if not hasattr(model.config, "final_logit_softcapping"):
+            pytest.skip("only Gemma has it")
+        model.config.final_logit_softcapping = softcap
+    last = []
+    blocks(model)[-1].register_forward_hook(lambda _module, _args, out: last.append(out))
+    expected = logits(model, tokens(2, 9))
+    assert torch.equal(read_out(model)(last[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [("llama", "model.norm"), ("gpt2", "transformer.ln_f"), ("opt", "model.decoder.final_layer_norm")],
+)
+def test_a_missing_final_norm_is_named(family, path):
+    model = tiny(family)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, None)
+    with pytest.raises(g.UnsupportedModel, match=f"has no final norm at {path}"):
+        read_out(model)
 
 
 def test_a_soft_cap_is_not_ignored():

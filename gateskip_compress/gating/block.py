@@ -94,24 +94,46 @@ class GatedBlock(nn.Module):
         if branch.kind not in self.gates:
             return hidden + self._out(branch, x, given), None
         gate: Gate = self.gates[branch.kind]  # pyright: ignore[reportAssignmentType]
-        scale, threshold = gate.scale(x), self._threshold(branch)
-        if gate.kind is None and earlier is not None:
-            score, keep = earlier.score, earlier.keep
-        else:
-            score = gate.score(x, scale)
-            keep = ((score > threshold) | seen.first) & seen.real
-        decision = Decision(self.layer, branch.kind, score, keep, scale, seen.real)
+        decision = self.decide(branch, x, earlier, seen, given)
+        keep, scale = decision.keep, decision.scale
         if self.dial.decisions is not None:
             self.dial.decisions.append(decision)
         inputs = x * scale if scale is not None and self.before else x
         call = _Call(branch, gate, hidden, x, inputs, None if self.before else scale, keep, seen, given)
         if self.dial.how == "soft":
             spread = self.dial.spreads[branch_index(self.layer, branch.kind)]
-            return self._add_masked(call, _straight_through(score, threshold, keep, spread)), decision
+            share = _straight_through(decision.score, self._threshold(branch), keep, spread)
+            return self._add_masked(call, share), decision
         if keep.all():
             return hidden + self._scaled(call, self._out(branch, inputs, given)), decision
         compact = self.dial.how == "compact"
         return self._add_kept(call) if compact else self._add_masked(call, keep[..., None]), decision
+
+    def decide(
+        self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
+    ) -> Decision:
+        """Which tokens run the branch, and its output's scale; `baselines` decide otherwise.
+
+        Args:
+            branch: Of this block.
+            x: Its normalised input.
+            earlier: What this block's branch before it decided, if there is one with a gate.
+            seen: First tokens, which always run, and padding, which never does.
+            given: The other arguments of the block.
+        """
+        del given
+        gate: Gate = self.gates[branch.kind]  # pyright: ignore[reportAssignmentType]
+        scale = gate.scale(x)
+        if gate.kind is None and earlier is not None:
+            score, keep = earlier.score, earlier.keep
+        else:
+            score = gate.score(x, scale)
+            keep = self._keep(branch, score, seen)
+        return Decision(self.layer, branch.kind, score, keep, scale, seen.real)
+
+    def _keep(self, branch: Branch, score: Float[Tensor, "b t"], seen: Sight) -> Bool[Tensor, "b t"]:
+        """Tokens above the branch's threshold and first tokens, but no padding."""
+        return ((score > self._threshold(branch)) | seen.first) & seen.real
 
     def _threshold(self, branch: Branch) -> float:
         if self.dial.thresholds is None:
@@ -173,6 +195,7 @@ class GatedBlock(nn.Module):
             flat = flat.index_add(0, kept, out.to(flat.dtype))  # autocast may have made it narrower
         if call.gate.surrogate != "zero":
             replaced = call.gate.replace(call.x.flatten(0, 1).index_select(0, skipped))
+            assert replaced is not None
             flat = flat.index_add(0, skipped, replaced.to(flat.dtype))
         return flat.view_as(call.hidden)
 
@@ -216,6 +239,7 @@ def gate_block(
     parallel: bool = False,
     copies: bool = False,
     feeds: bool = False,
+    form: type[GatedBlock] = GatedBlock,
 ) -> None:
     """Give a block gates, in place: its class becomes a subclass of its own, its gates lie beside its other modules.
 
@@ -229,10 +253,11 @@ def gate_block(
         parallel: Both branches read the stream as it enters the block.
         copies: Tokens that skip attention take over keys and values of the block below.
         feeds: The block above copies.
+        form: GatedBlock, or a subclass that decides otherwise.
     """
     # GPT-2 passes arguments by place
     block.arguments = tuple(inspect.signature(type(block).forward).parameters)[2:]
-    block.__class__ = type(f"Gated{type(block).__name__}", (GatedBlock, type(block)), {"__module__": __name__})
+    block.__class__ = type(f"Gated{type(block).__name__}", (form, type(block)), {"__module__": __name__})
     block.gates, block.dial = gates, dial
     block.family, block.layer, block.before, block.parallel = family, layer, before, parallel
     block.copies, block.feeds = copies, feeds

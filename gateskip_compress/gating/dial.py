@@ -115,10 +115,7 @@ class Dial:
 
     def thresholds_of(self, budget: float) -> Thresholds | None:
         """Thresholds that spend `budget`, straight between the neighbouring settings; None at 1."""
-        if not 0 < budget <= 1:
-            raise ValueError(
-                f"budget {budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
-            )
+        check_budget(budget)
         if budget == 1:
             return None
         if budget < self.floor:
@@ -130,6 +127,12 @@ class Dial:
         above, below = next(pair for pair in pairwise(self.table) if pair[1].budget <= budget)
         share = (above.budget - budget) / (above.budget - below.budget)
         return tuple(a + share * (b - a) for a, b in zip(above.thresholds, below.thresholds, strict=True))
+
+
+def check_budget(budget: float) -> None:
+    """Raise ValueError where a budget is no share."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget {budget} must be above 0 and at most 1: it is the share of multiply-adds that run")
 
 
 def is_gated(model: PreTrainedModel) -> bool:

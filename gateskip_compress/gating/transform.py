@@ -13,9 +13,9 @@ from ..errors import UnsupportedModel
 from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, width
 from ..step import Context, Record, Stage
 from .allocate import weigh
-from .block import gate_block
+from .block import GatedBlock, gate_block
 from .calibrate import ALLOCATIONS, Allocation, calibrate
-from .dial import Dial, Setting, dial_of, skipping
+from .dial import Dial, Setting, check_budget, dial_of, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
 from .train import Training, train_gates
@@ -78,10 +78,7 @@ class GateSkip:
     kv: KeyValues = "dense"
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(
-                f"budget {self.budget} must be above 0 and at most 1: it is the share of multiply-adds that run"
-            )
+        check_budget(self.budget)
         for field, value, known in (
             ("surrogate", self.surrogate, SURROGATES),
             ("kind", self.kind, KINDS),
@@ -119,7 +116,8 @@ class GateSkip:
             raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
         torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
         gates, dial = self._neutral(model), Dial()
-        self._put_in(model, gates, dial)  # before fitting, which asks what a skip will save
+        # before fitting, which asks what a skip will save
+        put_in(model, gates, dial, before=self.placement == "before", kv=self.kv)
         with skipping(model, "off"):
             fit_gates(model, gates, context)
         record: Record = {}
@@ -153,22 +151,15 @@ class GateSkip:
         self._check(model)
         table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
         dial = Dial(table=tuple(table))
-        self._put_in(model, self._neutral(model), dial)
+        put_in(model, self._neutral(model), dial, before=self.placement == "before", kv=self.kv)
         dial.set(self.budget)
 
     def _check(self, model: PreTrainedModel) -> None:
-        kernel = model.config._attn_implementation
-        if kernel not in ("sdpa", "eager"):
-            raise UnsupportedModel(
-                f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
-            )
+        check_attention(model)
         if self.kv == "copy":
             check_copying(model)
-        name = family_of(model).dropout
-        if name is not None and self.training is not None and self.training.checkpointing:
-            rate = getattr(blocks(model)[0], name)
-            if rate > 0:  # blocks in training mode are what transformers checkpoints
-                raise UnsupportedModel(f"checkpointing would drop out {rate} in each block: set its {name} to 0 first")
+        if self.training is not None:
+            check_dropout(model, self.training)
 
     def _neutral(self, model: PreTrainedModel) -> Gates:
         """Gates that change nothing yet; what is shared lies in the first."""
@@ -190,24 +181,54 @@ class GateSkip:
         wide = gated_mlp(model, layer)
         return NarrowMlp(width(model), max(1, round(self.channels * len(wide.up))), wide.activation)
 
-    def _put_in(self, model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
-        family = family_of(model)
-        parallel = family.parallel is not None and getattr(model.config, family.parallel)
-        copying = {layer for layer, kind in gates if self.kv == "copy" and kind == "attention" and layer > 0}
-        for layer, block in enumerate(blocks(model)):
-            own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
-            gate_block(
-                block,
-                family,
-                own,
-                dial,
-                layer,
-                before=self.placement == "before",
-                parallel=parallel,
-                copies=layer in copying,
-                feeds=layer + 1 in copying,
-            )
-
 
 def _json(table: Sequence[Setting]) -> list[dict[str, Any]]:
     return [{**asdict(setting), "thresholds": list(setting.thresholds)} for setting in table]
+
+
+def put_in(
+    model: PreTrainedModel,
+    gates: Gates,
+    dial: Dial,
+    *,
+    before: bool = False,
+    kv: KeyValues = "dense",
+    form: type[GatedBlock] = GatedBlock,
+) -> None:
+    """Gate all blocks of a model in place; `kv` is as in `GateSkip`, the rest as in `gate_block`."""
+    family = family_of(model)
+    parallel = family.parallel is not None and getattr(model.config, family.parallel)
+    copying = {layer for layer, kind in gates if kv == "copy" and kind == "attention" and layer > 0}
+    for layer, block in enumerate(blocks(model)):
+        own = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
+        gate_block(
+            block,
+            family,
+            own,
+            dial,
+            layer,
+            before=before,
+            parallel=parallel,
+            copies=layer in copying,
+            feeds=layer + 1 in copying,
+            form=form,
+        )
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel where the attention kernel cannot gather rows."""
+    kernel = model.config._attn_implementation
+    if kernel not in ("sdpa", "eager"):
+        raise UnsupportedModel(
+            f"attention {kernel!r} cannot run a part of the rows; load with attn_implementation='sdpa'"
+        )
+
+
+def check_dropout(model: PreTrainedModel, training: Training) -> None:
+    """Raise UnsupportedModel where training would drop out: transformers checkpoints blocks in training mode only."""
+    name = family_of(model).dropout
+    if name is None or not training.checkpointing:
+        return
+    rate = getattr(blocks(model)[0], name)
+    if rate > 0:
+        raise UnsupportedModel(f"checkpointing would drop out {rate} in each block: set its {name} to 0 first")

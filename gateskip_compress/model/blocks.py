@@ -57,9 +57,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
         UnsupportedModel: there is no list of blocks where the family has it.
     """
     path = _path(model)
-    found: Any = model
-    for name in path.split("."):
-        found = getattr(found, name, None)
+    found = _find(model, path)
     if not isinstance(found, nn.ModuleList) or len(found) == 0:
         raise UnsupportedModel(f"{type(model).__name__} has no blocks at {path}")
     return found
@@ -68,6 +66,42 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 def width(model: PreTrainedModel) -> int:
     """Size of the residual stream."""
     return model.config.get_text_config().hidden_size
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """What turns the last block's output into logits.
+
+    Args:
+        norm: The final norm.
+        head: Output head.
+        softcap: Bound c on logits, c tanh(logit / c), or None.
+    """
+
+    norm: nn.Module
+    head: nn.Module
+    softcap: float | None
+
+    def __call__(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        """Logits."""
+        logits = self.head(self.norm(hidden))
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def read_out(model: PreTrainedModel) -> ReadOut:
+    """The model's own read-out, at any block.
+
+    Raises:
+        UnsupportedModel: the model has no output head, or no final norm where the family has it.
+    """
+    family = family_of(model)
+    norm = _find(model, family.norm)
+    if not isinstance(norm, nn.Module):  # OPT may be without, and then holds None
+        raise UnsupportedModel(f"{type(model).__name__} has no final norm at {family.norm}")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModel(f"{type(model).__name__} has no output head")
+    return ReadOut(norm, head, None if family.softcap is None else getattr(model.config, family.softcap))
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -225,6 +259,14 @@ def _pass_on(
     y = out[0] if isinstance(out, tuple) else out
     shape = held["hidden"].shape  # OPT flattens tokens inside its MLP
     see(layer, kind, *(part.view(shape) for part in (held["x"], y, held["residual"])))
+
+
+def _find(model: PreTrainedModel, path: str) -> object:
+    """What lies at a path, None where nothing does."""
+    found: Any = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _path(model: PreTrainedModel) -> str:

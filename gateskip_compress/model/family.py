@@ -75,6 +75,8 @@ class Family:
         attention: The first branch.
         mlp: The second.
         blocks: Path of the list of blocks.
+        norm: Path of the final norm.
+        softcap: Config attribute with the bound c on logits, c tanh(logit / c); None where the family has none.
         layout: Of the attention module.
         parallel: Config attribute that says whether both branches read the same h; None is no.
         dropout: Attribute of a block with the rate that its own forward drops out at, in training mode; None drops
@@ -85,6 +87,8 @@ class Family:
     attention: Branch
     mlp: Branch
     blocks: str = "model.layers"
+    norm: str = "model.norm"
+    softcap: str | None = None
     layout: Layout = Layout()
     parallel: str | None = None
     dropout: str | None = None
@@ -122,6 +126,7 @@ _GEMMA = partial(
     Family,
     _attention("input_layernorm", ("self_attn",), "post_attention_layernorm"),
     _mlp("pre_feedforward_layernorm", ("mlp",), "post_feedforward_layernorm"),
+    softcap="final_logit_softcapping",
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -140,6 +145,7 @@ FAMILIES: dict[str, Family] = {
         _attention("input_layernorm", ("attention",)),
         _mlp("post_attention_layernorm", ("mlp",)),
         blocks="gpt_neox.layers",
+        norm="gpt_neox.final_layer_norm",
         layout=Layout(fused="query_key_value", by_head=True, out="dense", head_dim="head_size", cache="layer_past"),
         parallel="use_parallel_residual",
     ),
@@ -147,6 +153,7 @@ FAMILIES: dict[str, Family] = {
         _attention("ln_1", ("attn",)),
         _mlp("ln_2", ("mlp",)),
         blocks="transformer.h",
+        norm="transformer.ln_f",
         layout=Layout(fused="c_attn", out="c_proj"),
         refusal=_refuse_gpt2,
     ),
@@ -154,6 +161,7 @@ FAMILIES: dict[str, Family] = {
         _attention("self_attn_layer_norm", ("self_attn",)),
         _mlp("final_layer_norm", ("fc1", "activation_fn", "fc2")),
         blocks="model.decoder.layers",
+        norm="model.decoder.final_layer_norm",
         layout=Layout(out="out_proj"),
         dropout="dropout",
         refusal=_refuse_opt,
