@@ -54,7 +54,8 @@ def test_compact_equals_masked(copying, threshold, rows):
 
 @pytest.mark.parametrize("how", ["compact", "masked", "soft"])
 def test_the_cache_holds_copies_where_tokens_skipped_and_their_own_elsewhere(copying, how):
-    dial_of(copying).how = how
+    dial = dial_of(copying)
+    dial.how, dial.spreads = how, everywhere(copying, 1.0)
     cache = DynamicCache()
     with decisions(copying) as seen:
         logits(copying, tokens(2, 15, seed=4), past_key_values=cache, use_cache=True)

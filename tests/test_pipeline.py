@@ -117,8 +117,8 @@ def test_a_folder_with_other_things_is_not_overwritten(tmp_path):
 
 
 def test_unknown_families_are_named():
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50))
-    with pytest.raises(g.UnsupportedModel, match=r"no blocks|'gpt2' is not supported"):
+    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50))
+    with pytest.raises(g.UnsupportedModel, match=r"no blocks|'bloom' is not supported"):
         compress(model, GATE)

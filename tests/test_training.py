@@ -37,7 +37,7 @@ def distance(model, share=0.7):
 
 def test_training_brings_the_gated_model_nearer_to_the_ungated():
     untrained = compress(tiny(), g.GateSkip(budget=0.7, rank=4))
-    training = g.Training(steps=40, batch=4, gate_rate=0.01)
+    training = g.Training(steps=40, batch=4, train="all", rate=1e-3, gate_rate=1e-3)
     trained = compress(tiny(), g.GateSkip(budget=0.7, rank=4, training=training))
     assert distance(trained) < 0.8 * distance(untrained)
     record = trained.gateskip.steps[-1]["record"]["training"]

@@ -235,18 +235,19 @@ def margins(seen: Sequence[Decision], thresholds: Sequence[float | None]) -> lis
     ]
 
 
-def parts(
-    costs: dict[str, BranchCost], head: int, layers: int, seen: Sequence[Decision], tokens: int
-) -> dict[str, int]:
+def parts(costs: dict[tuple[int, str], BranchCost], head: int, seen: Sequence[Decision], tokens: int) -> dict[str, int]:
     """Multiply-adds of one pass over `tokens`, by part; with nothing seen, of the model without gates.
 
     Their sum is what `calibrate.spent` spends.
     """
-    skipped = {kind: sum(int((~d.keep).sum()) for d in seen if d.kind == kind) for kind in BRANCH_KINDS}
-    ran = [(tokens * layers - skipped[kind]) * costs[kind].kept for kind in BRANCH_KINDS]
-    always = tokens * layers * sum(cost.always for cost in costs.values())
-    gates = sum(d.keep.numel() * costs[d.kind].gate for d in seen)
-    surrogates = sum(skipped[kind] * costs[kind].skipped for kind in BRANCH_KINDS)
+    skipped = {(d.layer, d.kind): d.tokens - int(d.keep.sum()) for d in seen}
+    ran = [
+        sum((tokens - skipped.get(at, 0)) * cost.kept for at, cost in costs.items() if at[1] == kind)
+        for kind in BRANCH_KINDS
+    ]
+    always = tokens * sum(cost.always for cost in costs.values())
+    gates = sum(d.tokens * costs[d.layer, d.kind].gate for d in seen)
+    surrogates = sum(count * costs[at].skipped for at, count in skipped.items())
     return dict(zip(PARTS, (*ran, always, gates, surrogates, tokens * head), strict=True))
 
 
@@ -254,7 +255,7 @@ def _spending(model: PreTrainedModel, seen: Sequence[Sequence[Decision]], length
     """Shares of the ungated model's multiply-adds, by part; every passage over its own length of context."""
     spent, ungated = Counter[str](), Counter[str]()
     for decided, tokens in zip(seen, lengths, strict=True):
-        model_costs = branch_costs(model, tokens), head_macs(model), len(blocks(model))
+        model_costs = branch_costs(model, tokens), head_macs(model)
         spent.update(parts(*model_costs, decided, tokens))
         ungated.update(parts(*model_costs, [], tokens))
     whole = sum(ungated.values())
