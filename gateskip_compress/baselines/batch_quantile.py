@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
-from ..gating.calibrate import CALIBRATION_TOKENS, everywhere, observe, spent
+from ..gating.calibrate import CALIBRATION_TOKENS, everywhere, first_tokens, observe, spent
 from ..gating.dial import Decision, Setting, dial_of
 from ..gating.transform import GateSkip
 from ..model import Branch, blocks
@@ -42,12 +42,12 @@ class BatchQuantile:
         for block in blocks(model):
             form = type(block)
             block.__class__ = type(f"Quantile{form.__name__}", (_QuantileBlock, form), {"__module__": __name__})
-        windows = context.calibration[: max(1, CALIBRATION_TOKENS // context.calibration.shape[1])].to(model.device)
+        used = first_tokens(context.calibration, CALIBRATION_TOKENS)
         # what is spent is a straight line in the share that skips, so its two ends are the whole table
         ends = []
         for share in (0.0, 1.0):
             shares = everywhere(model, share)
-            at = spent(model, observe(model, windows, shares), windows.shape[1])
+            at = spent(model, observe(model, used, shares), context.calibration.shape[1])
             ends.append(Setting(at.budget, at.executed, shares))
         dial.table = tuple(ends)
         dial.set(self.gates.budget)

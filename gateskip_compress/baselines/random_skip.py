@@ -6,7 +6,7 @@ So a decision depends on the place alone: the same in every batch, cached or not
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +17,13 @@ from ..gating.block import GatedBlock
 from ..gating.calibrate import calibrate
 from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates, fit_gates
-from ..gating.gate import Gate, Surrogate
+from ..gating.gate import Gate
 from ..gating.transform import check_attention, put_in
 from ..model import BRANCH_KINDS, Branch, blocks, branches, width
 from ..model.attention import Sight
 from ..step import Context, Record
 
+Surrogate = Literal["zero", "mean", "lowrank"]
 _BITS = 0xFFFFFFFF
 
 
@@ -36,7 +37,7 @@ class RandomSkip:
         rank: Of a `lowrank` surrogate.
 
     Raises:
-        ValueError: `budget` is out of its range, or below what can be reached.
+        ValueError: A field is out of its range, or `budget` below what can be reached.
     """
 
     budget: float = 0.85
@@ -45,6 +46,8 @@ class RandomSkip:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
+        if self.surrogate not in get_args(Surrogate):
+            raise ValueError(f"surrogate {self.surrogate!r} must be one of {', '.join(get_args(Surrogate))}")
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Put it in, in place, calibrate thresholds and turn the dial to `budget`."""
