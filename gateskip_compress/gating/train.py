@@ -195,7 +195,7 @@ def _spreads(model: PreTrainedModel, rows: list[Decision]) -> list[float]:
 
 
 def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) -> None:
-    """Turn activation checkpointing on or off, in place; transformers gave its methods another name in 5.2."""
+    """Turn activation checkpointing on or off, in place; the methods have another name in newer transformers."""
     new = f"activation_checkpointing_{how}"
     getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{how}")()
 
