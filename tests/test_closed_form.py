@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gateskip_compress.gating.closed_form import Moments, effect, reduced_rank, regress
+from gateskip_compress.gating.closed_form import Moments, backward_elimination, effect, reduced_rank, regress
 
 
 def data(noise=0.0, n=400, d=6, o=5, rank=2):
@@ -56,3 +56,20 @@ def test_effect_is_the_log_of_the_ratio_of_norms():
     values = effect(missed, residual)
     assert values[0].item() == pytest.approx(-0.6931, abs=1e-4)
     assert torch.isfinite(values).all()
+
+
+def test_backward_elimination_drops_what_the_rest_makes_up_for():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(7, 24, generator=generator)
+    y = (x @ weight.T).double()
+
+    def lost(inputs: list[int]) -> float:
+        kept = x[:, inputs].double()
+        return float((kept @ torch.linalg.lstsq(kept, y).solution - y).square().sum())
+
+    left = list(range(24))
+    while len(left) > 6:
+        by_loss = sorted(left, key=lambda out: lost([i for i in left if i != out]))
+        left = sorted(by_loss[max(1, min(len(left) // 8, len(left) - 6)) :])
+    assert backward_elimination(x.T @ x, weight, 6, 1e-9).tolist() == left

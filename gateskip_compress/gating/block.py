@@ -182,7 +182,8 @@ class GatedBlock(nn.Module):
         """Compute the branch for the kept tokens alone, nothing at all where there are none."""
         kept = call.keep.flatten().nonzero().squeeze(1)
         skipped = (~call.keep & call.seen.real).flatten().nonzero().squeeze(1)
-        flat, flat_inputs = call.hidden.flatten(0, 1), call.inputs.flatten(0, 1)
+        flat_inputs = call.inputs.flatten(0, 1)
+        flat = call.hidden.flatten(0, 1).clone()
         out = None
         if call.branch.kind == "attention":
             out = self._attend_kept(call, flat_inputs, kept)
@@ -192,11 +193,11 @@ class GatedBlock(nn.Module):
             out = self._post(call.branch, out)
             if call.scale is not None:
                 out = out * call.scale.flatten(0, 1).index_select(0, kept)
-            flat = flat.index_add(0, kept, out.to(flat.dtype))  # autocast may have made it narrower
+            flat.index_add_(0, kept, out.to(flat.dtype))  # autocast may have made it narrower
         if call.gate.surrogate != "zero":
             replaced = call.gate.replace(call.x.flatten(0, 1).index_select(0, skipped))
             assert replaced is not None
-            flat = flat.index_add(0, skipped, replaced.to(flat.dtype))
+            flat.index_add_(0, skipped, replaced.to(flat.dtype))
         return flat.view_as(call.hidden)
 
     def _attend_kept(

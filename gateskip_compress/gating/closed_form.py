@@ -13,7 +13,7 @@ The reduced-rank solution projects the full least-squares solution on the leadin
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -86,6 +86,35 @@ def reduced_rank(
     up = directions[:, -rank:].T
     down = slope.double() @ up.T
     return down.float(), up.float(), (y_mean - x_mean @ down @ up).float()
+
+
+def backward_elimination(
+    xx: Float[Tensor, "k k"], weight: Float[Tensor, "o k"], count: int, ridge: float
+) -> Int[Tensor, " _count"]:
+    """Which inputs of a linear map to keep, so that the others can best be made up for.
+
+    Removing input j from y = W x and refitting the rest loses |b_j|² / [H⁻¹]_jj, where H = E x xᵀ and b is the refitted
+    map of what is left (the optimal brain surgeon's saliency, Hassibi 1993, of a whole column). The least salient go,
+    an eighth of what is left at a time, and the rest is refitted.
+
+    Args:
+        xx: Sums of x xᵀ over tokens.
+        weight: W.
+        count: How many to keep, 1..k.
+        ridge: As in `regress`.
+
+    Returns:
+        Kept inputs, ascending.
+    """
+    damped = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), device=xx.device)
+    left = torch.arange(len(xx), device=xx.device)
+    while len(left) > count:
+        factor = torch.linalg.cholesky(damped[left][:, left])
+        refitted = torch.cholesky_solve(xx[left] @ weight.T, factor)
+        saliency = refitted.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
+        stay = max(count, len(left) - max(1, len(left) // 8))
+        left = left[saliency.topk(stay).indices.sort().values]
+    return left
 
 
 def effect(missed: Float[Tensor, "n d"], residual: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -5,8 +5,8 @@ multiply-adds that one skip saves. One threshold over all branches then removes 
 effect per multiply-add. Without the second term cheap attention goes first and far more branches must be skipped for
 the same saving.
 
-A `narrow` surrogate takes over the channels that matter most from the MLP, and its output projection is the
-least-squares solution from their values to what the MLP gave.
+A `narrow` surrogate takes over those channels of the MLP from which its output is best predicted, and its output
+projection is the least-squares solution from their values to what the MLP gave.
 
 Surrogates are solved from the first windows, scores from the rest: so a score learns what its surrogate loses on tokens
 that the surrogate has not seen.
@@ -25,7 +25,7 @@ from ..errors import CalibrationError
 from ..macs import branch_costs
 from ..model import gated_mlp, watch, width
 from ..step import Context
-from .closed_form import Moments, effect, reduced_rank, regress
+from .closed_form import Moments, backward_elimination, effect, reduced_rank, regress
 from .gate import Gate
 
 SURROGATE_SHARE = 0.6
@@ -55,7 +55,7 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         raise CalibrationError(f"fitting gates needs at least 2 windows of text, got {len(windows)}")
     d, device = width(model), next(model.parameters()).device
 
-    _choose_channels(model, gates, windows[: max(1, split // 4)], context)
+    _choose_channels(model, gates, windows[:split], context)
     outputs = {
         key: Moments.zeros(gate.narrow.down.in_features if gate.surrogate == "narrow" else d, d, device)
         for key, gate in gates.items()
@@ -93,28 +93,24 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
 
 
 def _choose_channels(model: PreTrainedModel, gates: Gates, windows: Int[Tensor, "n t"], context: Context) -> None:
-    """Copy into each `narrow` surrogate, in place, the channels that add most to the MLP's output on these windows.
-
-    A channel adds its value times its column of the output projection; its score is the mean square of that
-    (activation times weight norm, as Wanda scores weights: arXiv 2306.11695).
-    """
+    """Copy into each `narrow` surrogate, in place, the channels from which the MLP's output is best predicted."""
     narrow = [layer for layer, kind in gates if gates[layer, kind].surrogate == "narrow"]
     if not narrow:
         return
     wide = {layer: gated_mlp(model, layer) for layer in narrow}
-    energy = {layer: torch.zeros(len(mlp.up), device=mlp.up.device) for layer, mlp in wide.items()}
+    grams = {layer: torch.zeros(len(mlp.up), len(mlp.up), device=mlp.up.device) for layer, mlp in wide.items()}
 
     def see_channels(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
         del y, residual
         if kind == "mlp" and layer in wide:
             mlp = wide[layer]
-            energy[layer] += (mlp.activation(F.linear(x, mlp.gate)) * F.linear(x, mlp.up)).float().square().sum(0)
+            inner = (mlp.activation(F.linear(x, mlp.gate)) * F.linear(x, mlp.up)).float()
+            grams[layer].addmm_(inner.T, inner)
 
     _watch(model, windows, see_channels, context, "choose channels")
-    for layer, mlp in wide.items():
+    for layer, mlp in context.track(wide.items(), "eliminate channels"):
         surrogate = gates[layer, "mlp"].narrow
-        score = energy[layer] * mlp.down.float().square().sum(0)
-        best = score.topk(surrogate.down.in_features).indices.sort().values
+        best = backward_elimination(grams.pop(layer), mlp.down.float(), surrogate.down.in_features, RIDGE)
         surrogate.gate.weight.data.copy_(mlp.gate[best])
         surrogate.up.weight.data.copy_(mlp.up[best])
 
