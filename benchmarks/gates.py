@@ -2,13 +2,15 @@
 
 One variant is one way to decide what runs; it is fitted once, then its dial is turned (block dropping has no dial and
 is done anew for each budget). Every row says how long fitting took, what share of the ungated model's multiply-adds
-really ran on that text (counted, on its first 8 passages), and the perplexity against the ungated model's.
-With --tasks, also the zero-shot accuracy on questions in that folder, see `gateskip_compress/tasks.py`; a task whose
-file is not there is named and left out. What trains does so for the same steps on the same text.
+really ran on that text (counted, on its first 24 passages), and the perplexity against the ungated model's.
+With --tasks, one more row says the zero-shot accuracy on questions in that folder, see `gateskip_compress/tasks.py`; a
+task whose file is not there is named and left out. What trains does so for the same steps on the same text.
 
 What a threshold spends depends on the text, so gates are recalibrated for each text on every second of its passages,
-and measured on the others. With --train, gates are fitted and trained on these files, documents end to end; else on
-text that the model writes itself.
+and measured on the others; for questions on some that are not asked, with their first choices. With --bf16 everything,
+the ungated model too, runs in autocast. With --train, gates are fitted
+and trained on these files, documents end to end, but for every fifth document: those are a held-out text of their own,
+`instructions`. Else they are fitted on text that the model writes itself.
 
 Ours are `closed-form`, `narrow` and `distilled` with their ablations. The baselines:
 
@@ -38,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import gateskip_compress as g
@@ -54,9 +57,13 @@ from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
-from gateskip_compress.text import packed, passages, self_written
+from gateskip_compress.text import cut, documents, joined, passages, self_written
 
-COUNTED_PASSAGES = 8
+COUNTED_PASSAGES = 24
+HELD_OUT = 100
+"""Documents of the held-out instructions, if those have so many."""
+QUESTIONS = "questions"
+"""The text of rows that have accuracies."""
 DISTILLED = g.Training(steps=150, batch=4, cross_entropy=0.3, precision="bf16")
 PAPER = g.GateSkip(
     budget=0.75,
@@ -100,18 +107,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_240, help="of each text, half of them to calibrate on")
     parser.add_argument("--tasks", type=Path, help=f"folder with files of {', '.join(tasks.TASKS)}")
     parser.add_argument("--items", type=int, default=500, help="of each task")
+    parser.add_argument("--bf16", action="store_true", help="run matrix products in bfloat16")
     parser.add_argument("--calibration-windows", type=int, default=48, help="of 256 tokens")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.85, 0.75, 0.6])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Fit the variants one after the other and write their rows."""
     model, tokenizer = g.load(given.model)
     held_out, alike = {}, {}
-    for text in given.text:
-        found = passages(text, tokenizer, 512, given.tokens)
-        held_out[Path(text).name], alike[Path(text).name] = found[::2], [passage.ids for passage in found[1::2]]
-    questions = read_questions(given.tasks, given.items)
-    lessons = packed(given.train, tokenizer, 256, 500_000, prompts=True) if given.train else []
+    texts = {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
+    taught, lessons = [document for path in given.train for document in documents(path, tokenizer)], []
+    if taught:
+        lessons = joined([d for i, d in enumerate(taught) if i % 5 > 0], 256, 500_000, prompts=True)
+        unseen = taught[::5]
+        texts["instructions"] = cut(unseen[:: max(1, len(unseen) // HELD_OUT)], 512, given.tokens)
+    for name, found in texts.items():
+        held_out[name], alike[name] = found[::2], [passage.ids for passage in found[1::2]]
+    counted = {name: [passage.ids for passage in text[:COUNTED_PASSAGES]] for name, text in held_out.items()}
+    questions, others = read_questions(given.tasks, given.items)
+    if questions:
+        alike[QUESTIONS] = [first_answer(tokenizer, item) for items in others.values() for item in items]
+        counted[QUESTIONS] = [first_answer(tokenizer, item) for items in questions.values() for item in items[:12]]
     count = given.calibration_windows
     if lessons:
         calibration = torch.stack([passage.ids for passage in lessons[:count]])
@@ -119,7 +141,7 @@ def main() -> None:
         calibration = self_written(model, tokenizer, count=count, cache=cache_folder())
     context = Context(calibration, passages=lessons)
     ungated = {name: g.evaluate(model, text).perplexity for name, text in held_out.items()}
-    whole = {name: macs_per_token(model, [p.ids for p in text[:COUNTED_PASSAGES]]) for name, text in held_out.items()}
+    whole = {name: macs_per_token(model, sequences) for name, sequences in counted.items()}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     lines = given.out.read_text().splitlines() if given.out.is_file() else []
     done = {json.loads(line)["variant"] for line in lines}
@@ -128,44 +150,60 @@ def main() -> None:
             continue
         rows, tables = [], {}
         for model, share, applied, seconds in fitted(variant, given.model, given.budgets, context):
-            answers = {
-                f"{task}_{key}": value
-                for task, items in questions.items()
-                for key, value in asdict(tasks.score(model, tokenizer, items)).items()
-            }
-            for name, text in held_out.items():
+            for name, sequences in counted.items():
                 if isinstance(applied, g.GateSkip):
                     dial = dial_of(model)
                     if name not in tables:
-                        tables[name] = calibrate(model, alike[name], applied.allocation)
+                        tables[name] = calibrate(model, alike[name], applied.spread)
                     dial.table = tables[name]
+                    if share < dial.floor:
+                        print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")
+                        continue
                     dial.set(share)
-                quality = g.evaluate(model, text)
-                macs = macs_per_token(model, [p.ids for p in text[:COUNTED_PASSAGES]])
+                if name == QUESTIONS:
+                    found = accuracies(model, tokenizer, questions)
+                else:
+                    quality = g.evaluate(model, held_out[name])
+                    found = {key: value for key, value in asdict(quality).items() if value is not None}
+                    found["perplexity_ratio"] = quality.perplexity / ungated[name]
                 row = {
                     "benchmark": "gates",
                     "variant": variant,
                     "settings": None if applied is None else asdict(applied),
                     "calibration_tokens": calibration.numel(),
+                    "bf16": given.bf16,
                     "fit_s": seconds,
                     "text": name,
                     "budget": share,
-                    "macs_share": macs / whole[name],
-                    **{k: v for k, v in asdict(quality).items() if v is not None},
-                    "perplexity_ratio": quality.perplexity / ungated[name],
-                    **answers,
+                    "macs_share": macs_per_token(model, sequences) / whole[name],
+                    **found,
                     **environment(model),
                 }
                 rows.append(row)
-                right = [f"{task} {row[f'{task}_accuracy_normalised']:.3f}" for task in questions]
+                shown = {k: v for k, v in found.items() if k.endswith(("ratio", "accuracy", "accuracy_normalised"))}
                 print(
-                    f"{variant:24} {share:.2f} {name:24} ran {row['macs_share']:.3f}, perplexity "
-                    f"{row['perplexity']:.2f} = {row['perplexity_ratio']:.3f} × ungated; {seconds:.0f} s",
-                    *right,
+                    f"{variant:24} {share:.2f} {name:24} ran {row['macs_share']:.3f};",
+                    *(f"{key} {value:.3f}" for key, value in shown.items()),
+                    f"({seconds:.0f} s)",
                     flush=True,
                 )
         with given.out.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def accuracies(model: PreTrainedModel, tokenizer: Any, questions: dict[str, list[tasks.Item]]) -> dict[str, float]:
+    """Of each task, with intervals; and the mean of the normalised ones."""
+    found = {}
+    for task, items in questions.items():
+        found |= {f"{task}_{key}": value for key, value in asdict(tasks.score(model, tokenizer, items)).items()}
+    names = [f"{task}_accuracy_normalised" for task in questions]
+    return {**found, "mean_accuracy_normalised": sum(found[name] for name in names) / len(names)}
+
+
+def first_answer(tokenizer: Any, item: tasks.Item) -> Tensor:
+    """Ids of a question with its first choice."""
+    context, choices = tasks.encode(tokenizer, item)
+    return torch.cat((context, choices[0]))
 
 
 def fitted(
@@ -200,19 +238,23 @@ def blocks_to_drop(model: PreTrainedModel, share: float, context: Context) -> in
     return min(count, len(blocks(model)) - 1)
 
 
-def read_questions(folder: Path | None, most: int) -> dict[str, list[tasks.Item]]:
-    """Items of each task whose file is in the folder; names the others."""
-    found = {}
+def read_questions(folder: Path | None, most: int) -> tuple[dict[str, list[tasks.Item]], dict[str, list[tasks.Item]]]:
+    """Of each task whose file is in the folder, items to ask and 24 others, if there are others; names the rest."""
+    asked: dict[str, list[tasks.Item]] = {}
+    others: dict[str, list[tasks.Item]] = {}
     if folder is None:
-        return found
+        return asked, others
     if not folder.is_dir():
         raise SystemExit(f"no folder {folder}; --tasks takes the folder that holds the tasks' files")
     for task, (name, _) in tasks.TASKS.items():
-        if (folder / name).is_file():
-            found[task] = tasks.read_items(folder, task, most)
-        else:
+        if not (folder / name).is_file():
             print(f"task {task} left out: no file {folder / name}")
-    return found
+            continue
+        asked[task] = tasks.read_items(folder, task, most)
+        known = set(asked[task])
+        left = [item for item in tasks.read_items(folder, task, 1_000_000) if item not in known]
+        others[task] = left[:: max(1, len(left) // 24)][:24]
+    return asked, others
 
 
 if __name__ == "__main__":

@@ -89,19 +89,24 @@ def passages(
         CalibrationError: nothing is left to score.
         ValueError: a window of less than 2 tokens.
     """
+    return cut(documents(source, tokenizer), window_tokens, most_tokens, str(source))
+
+
+def cut(found: Iterable[Passage], window_tokens: int, most_tokens: int, source: str = "the text") -> list[Passage]:
+    """Documents, long ones in windows, up to a number of tokens; see `passages`."""
     if window_tokens < 2:
         raise ValueError(f"window_tokens {window_tokens} must be at least 2: a passage's first token is not scored")
-    found: list[Passage] = []
+    kept: list[Passage] = []
     tokens = 0
-    for document in documents(source, tokenizer):
+    for document in found:
         for ids, scored in zip(document.ids.split(window_tokens), document.scored.split(window_tokens), strict=True):
             if tokens + len(ids) > most_tokens:
-                return _some(found, source, most_tokens)
+                return _some(kept, source, most_tokens)
             passage = Passage(ids, scored & (torch.arange(len(ids)) > 0))
             if passage.scored.any():
-                found.append(passage)
+                kept.append(passage)
                 tokens += len(ids)
-    return _some(found, source, most_tokens)
+    return _some(kept, source, most_tokens)
 
 
 def _some(found: list[Passage], source: object, most_tokens: int) -> list[Passage]:
@@ -152,13 +157,25 @@ def packed(
         CalibrationError: the text is shorter than one window, or nothing in it is scored.
     """
     found = [document for source in sources for document in documents(source, tokenizer)]
+    return joined(found, window_tokens, most_tokens, prompts=prompts, seed=seed, source=", ".join(map(str, sources)))
+
+
+def joined(
+    found: Sequence[Passage],
+    window_tokens: int,
+    most_tokens: int,
+    *,
+    prompts: bool = False,
+    seed: int = 0,
+    source: str = "the text",
+) -> list[Passage]:
+    """Documents in seeded order, end to end, cut into whole windows; see `packed`."""
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     ids = torch.cat([found[i].ids for i in order]) if found else torch.empty(0, dtype=torch.long)
     scored = torch.cat([found[i].scored for i in order]) if found else torch.empty(0, dtype=torch.bool)
-    names = ", ".join(map(str, sources))
     count = min(len(ids), most_tokens) // window_tokens
     if count == 0:
-        raise CalibrationError(f"{names} has {len(ids)} tokens, fewer than one window of {window_tokens}")
+        raise CalibrationError(f"{source} has {len(ids)} tokens, fewer than one window of {window_tokens}")
     inner = torch.arange(window_tokens) > 0
     windows = [
         Passage(row, inner if prompts else judged & inner)
@@ -166,7 +183,7 @@ def packed(
             ids[: count * window_tokens].view(count, -1), scored[: count * window_tokens].view(count, -1), strict=True
         )
     ]
-    return _some([passage for passage in windows if passage.scored.any()], names, most_tokens)
+    return _some([passage for passage in windows if passage.scored.any()], source, most_tokens)
 
 
 def self_written(

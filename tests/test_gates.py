@@ -193,7 +193,7 @@ def test_uniform_keeps_the_same_share_in_every_branch():
 
 
 def test_sensitivity_shifts_scores_by_measured_loss():
-    plain, weighed = stirred(), stirred(allocation="sensitivity")
+    plain, weighed = stirred(allocation="global"), stirred(allocation="sensitivity")
     shifts = weighed.gateskip.steps[-1]["record"]["sensitivity"]
     assert sum(shifts) == pytest.approx(0, abs=1e-4)
     assert max(shifts) - min(shifts) > 0.1

@@ -36,12 +36,14 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     original = [model(window[None], use_cache=False).logits[0].float() for window in windows]
     costs = branch_costs(model, windows.shape[1])
     shifts = [0.0] * len(run_all)
-    gated = [i for i in range(len(shifts)) if any(branch_index(d.layer, d.kind) == i for d in seen)]
+    # a branch that follows another has no score of its own
+    scoring = {(d.layer, d.kind) for d in seen if _gate(model, d.layer, d.kind).kind is not None}
+    gated = sorted(branch_index(*key) for key in scoring)
     for index in context.track(gated, "measure sensitivity"):
         kind = BRANCH_KINDS[index % 2]
         scores = torch.cat([d.movable for d in seen if branch_index(d.layer, d.kind) == index])
         threshold = float(scores.quantile(SKIPPED_SHARE))
-        gate: Gate = blocks(model)[index // 2].gates[kind]  # pyright: ignore[reportAssignmentType]
+        gate = _gate(model, index // 2, kind)
         saved = max(1, costs[index // 2, kind].kept - gate.replace_macs)
         predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
         with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
@@ -54,6 +56,9 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     mean = sum(shifts) / max(1, len(gated))
     for index in gated:
         shifts[index] -= mean
-        gate = blocks(model)[index // 2].gates[BRANCH_KINDS[index % 2]]  # pyright: ignore[reportAssignmentType]
-        gate.score_bias.data.add_(shifts[index])
+        _gate(model, index // 2, BRANCH_KINDS[index % 2]).score_bias.data.add_(shifts[index])
     return shifts
+
+
+def _gate(model: PreTrainedModel, layer: int, kind: str) -> Gate:
+    return blocks(model)[layer].gates[kind]  # pyright: ignore[reportReturnType, reportCallIssue, reportArgumentType]

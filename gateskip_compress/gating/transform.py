@@ -51,7 +51,9 @@ class GateSkip:
         where: Gates on both `branches`, on `attention` or `mlp` alone, or one for a whole `block` on its attention.
         every: Gates in every n-th block, the n-th first.
         placement: Scales act `after` the branch, or `before` it.
-        allocation: How the budget is spread over branches: `global`, `sensitivity` or `uniform`, see `calibrate.py`.
+        allocation: How the budget is spread over branches: `global`, `sensitivity` or `uniform`, see `calibrate.py`;
+            None is `sensitivity` for `effect` gates, which takes a forward pass over 1024 tokens for each branch, and
+            `global` for the others.
         training: How gates are trained after the closed form; None leaves them so.
         kv: Keys and values of tokens that skip attention: computed all the same (`dense`), or a `copy` of those of the
             block below at the same position (the paper's way): cheaper, and further from the ungated model.
@@ -73,7 +75,7 @@ class GateSkip:
     where: Where = "branches"
     every: int = 1
     placement: Placement = "after"
-    allocation: Allocation = "global"
+    allocation: Allocation | None = None
     training: Training | None = None
     kv: KeyValues = "dense"
 
@@ -84,11 +86,11 @@ class GateSkip:
             ("kind", self.kind, KINDS),
             ("where", self.where, tuple(_WHERE)),
             ("placement", self.placement, ("after", "before")),
-            ("allocation", self.allocation, ALLOCATIONS),
+            ("allocation", self.allocation, (None, *ALLOCATIONS)),
             ("kv", self.kv, ("dense", "copy")),
         ):
             if value not in known:
-                raise ValueError(f"{field} {value!r} must be one of {', '.join(known)}")
+                raise ValueError(f"{field} {value!r} must be one of {', '.join(filter(None, known))}")
         if not 0 < self.channels < 1:
             raise ValueError(f"channels {self.channels} must be between 0 and 1: it is a share of an MLP's channels")
         for field, value in (("rank", self.rank), ("every", self.every)):
@@ -109,6 +111,11 @@ class GateSkip:
                 "use training.checkpointing=False"
             )
 
+    @property
+    def spread(self) -> Allocation:
+        """The allocation that is meant."""
+        return self.allocation or ("sensitivity" if self.kind == "effect" else "global")
+
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
         self._check(model)
@@ -121,12 +128,12 @@ class GateSkip:
         with skipping(model, "off"):
             fit_gates(model, gates, context)
         record: Record = {}
-        if self.allocation == "sensitivity":
+        if self.spread == "sensitivity":
             record["sensitivity"] = weigh(model, context)
         if self.training is not None:
-            record["training"] = train_gates(model, self.training, self.budget, self.allocation, context)
+            record["training"] = train_gates(model, self.training, self.budget, self.spread, context)
         if self.kind == "effect" or self.training is not None:  # neutral scores rank nothing
-            dial.table = calibrate(model, context.calibration, self.allocation, context.track)
+            dial.table = calibrate(model, context.calibration, self.spread, context.track)
         dial.set(self.budget)
         return {**record, "table": _json(dial.table)}
 
@@ -142,7 +149,7 @@ class GateSkip:
             The record with the new table.
         """
         dial = dial_of(model)
-        dial.table = calibrate(model, sequences, self.allocation)
+        dial.table = calibrate(model, sequences, self.spread)
         dial.set(dial.budget)
         return {**record, "table": _json(dial.table)}
 
