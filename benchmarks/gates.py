@@ -81,7 +81,7 @@ VARIANTS: dict[str, Any] = {
     "narrow": g.GateSkip(surrogate="narrow"),
     "narrow, sensitivity": g.GateSkip(surrogate="narrow", allocation="sensitivity"),
     "narrow, distilled": g.GateSkip(
-        budget=0.68, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=240, train="all")
+        budget=0.68, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=220, train="all")
     ),
     "uniform": g.GateSkip(allocation="uniform"),
     "zero": g.GateSkip(surrogate="zero"),

@@ -22,7 +22,7 @@ from gateskip_compress.step import Context
 from gateskip_compress.text import Passage
 from gateskip_compress.training import STATE, collate, train
 
-TRAINING = g.Training(steps=12, batch=2, gate_rate=0.01)
+TRAINING = g.Training(steps=12, batch=2, gate_rate=0.01, surrogate_rate=0.01)
 
 
 def gate_tensors(model):
@@ -37,7 +37,7 @@ def distance(model, share=0.7):
 
 def test_training_brings_the_gated_model_nearer_to_the_ungated():
     untrained = compress(tiny(), g.GateSkip(budget=0.7, rank=4))
-    training = g.Training(steps=40, batch=4, train="all", rate=1e-3, gate_rate=1e-3)
+    training = g.Training(steps=40, batch=4, train="all", rate=1e-3, gate_rate=1e-3, surrogate_rate=1e-3)
     trained = compress(tiny(), g.GateSkip(budget=0.7, rank=4, training=training))
     assert distance(trained) < 0.8 * distance(untrained)
     record = trained.gateskip.steps[-1]["record"]["training"]
@@ -52,6 +52,16 @@ def test_the_backbone_is_left_alone_unless_asked():
     for name, tensor in tiny().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert not any(parameter.requires_grad for block in blocks(model) for parameter in block.gates.parameters())
+
+
+def test_fitted_scores_stay_unless_a_rate_is_given_for_them():
+    untrained = gate_tensors(compress(tiny(), g.GateSkip(budget=0.7, rank=4)))
+    model = compress(tiny(), g.GateSkip(budget=0.7, rank=4, training=g.Training(steps=4, batch=2, ramp=0)))
+    changed = {name for name, tensor in gate_tensors(model).items() if not torch.equal(tensor, untrained[name])}
+    assert any(".up" in name for name in changed)
+    assert not any("score" in name for name in changed)
+    with pytest.raises(ValueError, match="train 'gates' changes nothing here"):
+        compress(tiny(), g.GateSkip(budget=0.7, rank=4, training=g.Training(steps=4, train="gates")))
 
 
 @pytest.mark.parametrize("train_what", ["gates", "surrogates", "all"])
@@ -119,7 +129,7 @@ class Interrupted(Exception):
 
 
 def test_a_resumed_training_is_as_if_it_had_never_stopped(tmp_path):
-    training = g.Training(steps=60, batch=2, gate_rate=0.01)
+    training = g.Training(steps=60, batch=2, gate_rate=0.01, surrogate_rate=0.01)
     whole = gated()
     unbroken = train_gates(whole, training, 0.7, "global", Context(CALIBRATION))
 

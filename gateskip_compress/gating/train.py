@@ -2,8 +2,9 @@
 
     loss = distillation · KL(ungated ‖ gated) + cross_entropy · CE + gate_weight · gate loss
 
-per scored token. Skipping in training is as hard as it will be: skipped tokens take their surrogates, and the gradient
-goes straight through the decision to the score (`block.py`). Thresholds follow the scores: those of a step are set from
+per scored token. Skipping in training is as hard as it will be: skipped tokens take their surrogates. Where scores are
+trained the gradient goes straight through the decision to the score (`block.py`); where they stay as fitted, only what
+is kept is computed, in training too. Thresholds follow the scores: those of a step are set from
 the scores of the step before, so that the budget of the schedule is what is really spent.
 
 The paper (arXiv 2510.13876, sec. 3) trains the backbone too, with one learning rate, on cross-entropy and the gates'
@@ -27,7 +28,8 @@ from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, train
 from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
-from .dial import RUN_ALL, Decision, branch_index, decisions, dial_of, skipping
+from .dial import RUN_ALL, Decision, How, branch_index, decisions, dial_of, skipping
+from .gate import Gate
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]
@@ -45,7 +47,9 @@ class Training:
         batch: Passages a step, on each process.
         train: `gates` alone; and their `surrogates`; and `lora` adapters of the projections, merged at the end; or
             `all` weights. The last two need a second copy of the model to distil from.
-        gate_rate: Learning rate of gates and surrogates.
+        gate_rate: Learning rate of scales and scores; None is 0 for `effect` gates, whose scores are fitted (training
+            them at 1e-4 undid the fit), and 1e-3 for the others, which know nothing at the start.
+        surrogate_rate: Learning rate of surrogates.
         rate: Learning rate of adapters or weights.
         distillation: Weight of the distance from the ungated model.
         cross_entropy: Weight of the text's own next tokens.
@@ -62,7 +66,8 @@ class Training:
     steps: int = 100
     batch: int = 4
     train: What = "surrogates"
-    gate_rate: float = 1e-4
+    gate_rate: float | None = None
+    surrogate_rate: float = 3e-4
     rate: float = 5e-5
     distillation: float = 1.0
     cross_entropy: float = 0.0
@@ -83,8 +88,8 @@ class Training:
         for field, value in (("steps", self.steps), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"training.{field} {value} must be at least 1")
-        for field in ("gate_rate", "rate", "distillation", "cross_entropy", "gate_weight"):
-            if getattr(self, field) < 0:
+        for field in ("gate_rate", "surrogate_rate", "rate", "distillation", "cross_entropy", "gate_weight"):
+            if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"training.{field} {getattr(self, field)} must not be negative")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"training.ramp {self.ramp} must be between 0 and 1: it is a share of the steps")
@@ -115,6 +120,7 @@ def train_gates(
         _add_adapters(model, context.seed)
     dial = dial_of(model)
     before, how = dial.thresholds, dial.how
+    learning: How = "soft" if _gate_rate(model, training) > 0 else "compact"
 
     def aim(rows: list[Decision], step: int, context_tokens: int) -> list[float]:
         """Thresholds that would have spent a step's budget on tokens seen before it."""
@@ -139,7 +145,7 @@ def train_gates(
         with torch.no_grad(), skipping(teacher, "off"):
             reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
-        dial.how, dial.thresholds, dial.spreads = "soft", tuple(state["thresholds"]), tuple(state["spreads"])
+        dial.how, dial.thresholds, dial.spreads = learning, tuple(state["thresholds"]), tuple(state["spreads"])
         with decisions(model) as seen:
             logits = _scored_logits(model, batch)
         total = logits.new_zeros(())
@@ -200,16 +206,36 @@ def _checkpointing(model: PreTrainedModel, how: Literal["enable", "disable"]) ->
     getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{how}")()
 
 
+def _gate_rate(model: PreTrainedModel, training: Training) -> float:
+    if training.gate_rate is not None:
+        return training.gate_rate
+    return 0.0 if any(gate.kind == "effect" for gate in _gates(model)) else 1e-3
+
+
+def _gates(model: PreTrainedModel) -> list[Gate]:
+    return [part for part in model.modules() if isinstance(part, Gate)]
+
+
 def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:
     """What is trained, and how fast."""
-    own = [gate for block in blocks(model) for gate in block.gates.values()]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    left = {p for gate in own for p in gate.surrogate_parameters} if training.train == "gates" else set()
+    own = _gates(model)
     of_gates = {p for gate in own for p in gate.parameters()}
-    groups = [([p for p in model.parameters() if p in of_gates - left], training.gate_rate)]
+    surrogates = {p for gate in own for p in gate.surrogate_parameters}
+    rate = _gate_rate(model, training)
+    groups = []
+    if rate > 0 or training.gate_rate is not None:
+        groups.append(([p for p in model.parameters() if p in of_gates - surrogates], rate))
+    if training.train != "gates":
+        groups.append(([p for p in model.parameters() if p in surrogates], training.surrogate_rate))
     if training.train == "lora":
         groups.append(([p for name, p in model.named_parameters() if ".lora_" in name], training.rate))
     if training.train == "all":
         groups.append(([p for p in model.parameters() if p not in of_gates], training.rate))
+    if not any(parameters for parameters, _ in groups):
+        raise ValueError(
+            f"train {training.train!r} changes nothing here: `effect` gates keep their fitted scores unless "
+            "gate_rate is given, and these have no surrogate to train"
+        )
     return groups
 
 
