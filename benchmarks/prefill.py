@@ -5,6 +5,8 @@ drift of the machine hits all alike. Not timed: loading, tokenizing. Ideal is th
 running, less the logits that this pass does not compute. One JSON object a variant goes to --out.
 
     python benchmarks/prefill.py runs/demo/steps/2-gateskip --text FILE --out benchmarks/results/prefill.jsonl
+
+With --saved 0.25 it is a quarter of the multiply-adds, net, instead of half of the branch executions.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 import gateskip_compress as g
-from gateskip_compress.gating.calibrate import everywhere, observe
+from gateskip_compress.gating.calibrate import everywhere, floor, observe, thresholds_for
 from gateskip_compress.gating.dial import RUN_ALL, dial_of
 from gateskip_compress.macs import head_macs
 from gateskip_compress.measure import environment
@@ -32,17 +34,29 @@ def main() -> None:
     parser.add_argument("model", help="folder of a gated checkpoint, not quantized")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--skipped", type=float, default=0.5, help="share of branch executions that are skipped")
+    parser.add_argument("--skipped", type=float, help="share of branch executions that are skipped; default 0.5")
+    parser.add_argument("--saved", type=float, help="instead: share of the prompt's multiply-adds that are saved, net")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    if given.skipped is not None and given.saved is not None:
+        raise SystemExit("--skipped and --saved are two ways to say how much: give one")
+    skipped = 0.5 if given.skipped is None else given.skipped
     model, tokenizer = g.load(given.model)
     ids = windows(given.text, tokenizer, given.tokens, given.tokens)
     dial = dial_of(model)
     thresholds = everywhere(model, RUN_ALL)
     for _ in range(4):  # skipping moves later scores, so the threshold is found in a few passes
         seen = observe(model, ids, thresholds)
-        thresholds = everywhere(model, float(torch.cat([d.score.flatten() for d in seen]).quantile(given.skipped)))
+        if given.saved is None:
+            thresholds = everywhere(model, float(torch.cat([d.score.flatten() for d in seen]).quantile(skipped)))
+            continue
+        found = thresholds_for(model, seen, 1 - given.saved, given.tokens)
+        if found is None:
+            raise SystemExit(
+                f"--saved {given.saved} is out of reach: all skipped, {floor(model, seen, given.tokens)} run"
+            )
+        thresholds = found
     kept = torch.cat([d.keep.flatten() for d in observe(model, ids, thresholds)]).float().mean().item()
     variants = {
         "ungated": (None, nullcontext),
@@ -69,6 +83,7 @@ def main() -> None:
                 "variant": name,
                 "tokens": given.tokens,
                 "batch": 1,
+                "model": Path(given.model).name,
                 "executed_share": 1.0 if name == "ungated" else kept,
                 "median_s": median(seconds),
                 "tokens_per_s": given.tokens / median(seconds),

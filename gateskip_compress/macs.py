@@ -1,7 +1,8 @@
 """Multiply-adds: counted while a model runs, and computed from shapes; the two are checked against each other in tests.
 
 One multiply-add (MAC) is one product and one sum in a matrix product; norms, activations, rotary embeddings and
-look-ups are not counted. Causal attention counts its full rectangle of queries × keys, as torch computes it.
+look-ups are not counted. Causal attention counts its full rectangle of queries × keys, whichever part of it a kernel
+leaves out.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from .model import blocks, family_of, features, key_value_features, projections, width
+from .model.attention import whole_rectangles
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -38,7 +40,8 @@ class BranchCost:
 def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
     """Run the model on `ids` as it stands and count the multiply-adds that really happened, all logits included."""
     # torch's table has no entry for the attention kernel that CPUs use
-    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _sdpa_flop}) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _sdpa_flop})
+    with torch.inference_mode(), whole_rectangles(), counter:
         model(ids, use_cache=False)
     return counter.get_total_flops() // 2
 

@@ -7,6 +7,7 @@ import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, observe, spent
 from gateskip_compress.gating.dial import decisions, dial_of
 from gateskip_compress.macs import ungated_macs_per_token
+from gateskip_compress.model.attention import whole_rectangles
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)  # products over other sets of rows round differently
 
@@ -145,3 +146,16 @@ def test_flash_attention_is_refused():
 def test_hidden_states_are_still_recorded(gated):
     out = gated(tokens(1, 8), output_hidden_states=True)
     assert len(out.hidden_states) == 5
+
+
+@pytest.mark.parametrize("real", [[150, 150], [150, 40]])
+def test_long_prompts_attend_in_strips_and_give_the_same(gated, real):
+    ids = tokens(2, 150, seed=8)
+    mask = (torch.arange(150) >= 150 - torch.tensor(real)[:, None]).long()
+    seen = mask > 0
+    with g.budget(gated, 0.6):
+        striped = logits(gated, ids, attention_mask=mask)[seen]
+        with whole_rectangles():
+            torch.testing.assert_close(striped, logits(gated, ids, attention_mask=mask)[seen], **CLOSE)
+        with g.masked(gated):
+            torch.testing.assert_close(striped, logits(gated, ids, attention_mask=mask)[seen], **CLOSE)

@@ -1,5 +1,8 @@
 """Attention for a part of the tokens: queries of those that run, keys and values of those that have them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +18,19 @@ Rope = tuple[Tensor, Tensor]
 """Cosine and sine of each position."""
 KeysValues = tuple[Tensor, Tensor]
 """Each (b, h, t, k)."""
+
+_strip: ContextVar[int] = ContextVar("strip", default=64)
+"""Queries at a time: they are causal, so the first of many tokens need few of the keys."""
+
+
+@contextmanager
+def whole_rectangles() -> Iterator[None]:
+    """Inside the `with`, all queries meet all keys, as multiply-adds are counted: see `macs.py`."""
+    token = _strip.set(1 << 62)
+    try:
+        yield
+    finally:
+        _strip.reset(token)
 
 
 @dataclass(frozen=True)
@@ -144,14 +160,18 @@ def attend(
         where = torch.zeros(b, longest, dtype=torch.long, device=query.device)
         where[slots] = column
     packed = packed.transpose(1, 2)  # (b, h, n, k)
-    mask = _mask_rows(seen, where, keys.shape[2], query.dtype)
     cap = getattr(attention, layout.softcap) if layout.softcap is not None else None
-    if cap is not None:
-        mixed = _capped(packed, keys, values, mask, attention.scaling, cap)
-    else:
-        mixed = F.scaled_dot_product_attention(
-            packed, keys, values, attn_mask=mask, scale=attention.scaling, enable_gqa=True
-        )
+    strips = []
+    for begin, end, most in _strips(seen, where, keys.shape[2]):
+        mask = _mask_rows(seen, where[:, begin:end], most, query.dtype)
+        part, k, v = packed[:, :, begin:end], keys[:, :, :most], values[:, :, :most]
+        if cap is not None:
+            strips.append(_capped(part, k, v, mask, attention.scaling, cap))
+        else:
+            strips.append(
+                F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=attention.scaling, enable_gqa=True)
+            )
+    mixed = strips[0] if len(strips) == 1 else torch.cat(strips, dim=2)
     mixed = mixed.transpose(1, 2)
     mixed = mixed[0] if slots is None else mixed[slots]
     return getattr(attention, layout.out)(mixed.reshape(len(kept), -1))
@@ -198,6 +218,16 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ values
+
+
+def _strips(seen: Sight, where: Int[Tensor, "b n"], s: int) -> list[tuple[int, int, int]]:
+    """Queries from begin to end, and how many keys from the first on hold all that these may see."""
+    n, size = where.shape[1], _strip.get()
+    ends = [*range(size, n, size), n]
+    if len(ends) == 1:
+        return [(0, n, s)]
+    reach = seen.own[where].amax(0).cummax(0).values[[end - 1 for end in ends]] + 1
+    return list(zip([0, *ends], ends, reach.tolist(), strict=False))
 
 
 def _mask_rows(seen: Sight, where: Int[Tensor, "b n"], s: int, dtype: torch.dtype) -> Tensor | None:
