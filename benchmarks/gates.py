@@ -64,7 +64,7 @@ HELD_OUT = 100
 """Documents of the held-out instructions, if those have so many."""
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
-DISTILLED = g.Training(steps=150, batch=4, cross_entropy=0.3, precision="bf16")
+DISTILLED = g.Training(steps=120, batch=4, cross_entropy=0.3, precision="bf16")
 PAPER = g.GateSkip(
     budget=0.75,
     kind="vector",
@@ -81,7 +81,7 @@ VARIANTS: dict[str, Any] = {
     "narrow": g.GateSkip(surrogate="narrow"),
     "narrow, sensitivity": g.GateSkip(surrogate="narrow", allocation="sensitivity"),
     "narrow, distilled": g.GateSkip(
-        budget=0.68, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=220, train="all")
+        budget=0.7, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=160, train="all")
     ),
     "uniform": g.GateSkip(allocation="uniform"),
     "zero": g.GateSkip(surrogate="zero"),

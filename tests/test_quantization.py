@@ -2,11 +2,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import compress, tiny, tokens
+from tiny_models import CALIBRATION, compress, tiny, tokens
 
 import gateskip_compress as g
+from gateskip_compress.model import blocks
+from gateskip_compress.quantization.gptq import gptq, output_error
 from gateskip_compress.quantization.int4 import dequantize, pack, quantize, unpack
 from gateskip_compress.quantization.linear import Int4Linear, unpacked
+from gateskip_compress.transforms import build
 
 
 def naive(weight, group_size, symmetric):
@@ -100,3 +103,115 @@ def test_unpacking_changes_speed_alone():
         held = [module._held for module in model.modules() if isinstance(module, Int4Linear)]
         assert all(matrix is not None for matrix in held)
     assert all(module._held is None for module in model.modules() if isinstance(module, Int4Linear))
+
+
+def inputs_and_weight(n=300, d=96, o=12):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(n, d, generator=generator) @ torch.randn(d, d, generator=generator)
+    return x, torch.randn(o, d, generator=generator)
+
+
+def naive_gptq(weight, hessian, group_size, symmetric, damping=0.01):
+    """Column after column; what is left takes the exact optimum for the error so far, from a fresh inverse."""
+    left, out = weight.double().clone(), torch.empty_like(weight).double()
+    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    for column in range(weight.shape[1]):
+        if column % group_size == 0:
+            group = quantize(left[:, column : column + group_size].float(), group_size, symmetric)
+            scale, zero = group.scale[:, 0].double(), group.zero[:, 0].double()
+        code = ((left[:, column] / scale).round() + zero).clamp(0, 15)
+        out[:, column] = (code - zero) * scale
+        inverse = torch.linalg.inv(damped[column:, column:])
+        error = left[:, column] - out[:, column]
+        left[:, column:] -= error[:, None] / inverse[0, 0] * inverse[0]
+    return out.float()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("d", [96, 256])
+def test_gptq_equals_column_after_column_with_fresh_inverses(symmetric, d):
+    x, weight = inputs_and_weight(n=600, d=d)
+    hessian = x.T @ x
+    codes, damping = gptq(weight, hessian, 32, symmetric)
+    assert damping == 0.01
+    found, expected = dequantize(codes), naive_gptq(weight, hessian, 32, symmetric)
+    # a value on the edge between two codes may fall either way, and then all after it move
+    assert (found - expected).abs().lt(1e-4).float().mean() > 0.9
+    ours, reference = output_error(weight, found, hessian), output_error(weight, expected, hessian)
+    assert ours == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_gptq_loses_much_less_than_rounding_to_nearest(order):
+    x, weight = inputs_and_weight()
+    hessian = x.T @ x
+    codes, _ = gptq(weight, hessian, 32, symmetric=False, order=order)
+    nearest = dequantize(quantize(weight, 32, symmetric=False))
+    lost = ((x @ (weight - dequantize(codes)).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
+    assert output_error(weight, dequantize(codes), hessian) == pytest.approx(float(lost), rel=1e-3)
+    assert lost < 0.6 * output_error(weight, nearest, hessian)
+
+
+def test_gptq_of_dead_and_of_dependent_inputs():
+    x, weight = inputs_and_weight()
+    nothing, _ = gptq(weight, torch.zeros(96, 96), 32, symmetric=True)
+    assert torch.equal(nothing.codes, quantize(weight, 32, symmetric=True).codes)
+    x[:, 7] = 0
+    x[:, 9] = x[:, 8]
+    x = x[:20]  # of rank 20 at most
+    codes, damping = gptq(weight, x.T @ x, 32, symmetric=True)
+    assert torch.isfinite(dequantize(codes)).all()
+    assert damping >= 0.01
+    column = (weight[:, 7] / codes.scale[:, 0]).round() + 8
+    assert torch.equal(codes.codes[:, 7].float(), column.clamp(0, 15))
+    with pytest.raises(ValueError, match="Hessian has NaN"):
+        gptq(weight, torch.full((96, 96), torch.nan), 32, symmetric=True)
+
+
+def test_hessians_are_of_the_tokens_that_run():
+    plain = compress(tiny(), g.GateSkip(budget=0.6, surrogate="narrow"))
+    seen, expected = {}, {}
+    layer = blocks(plain)[0]
+    parts = {"self_attn.k_proj": layer.self_attn.k_proj, "mlp.down_proj": layer.mlp.down_proj}
+    parts["gates.mlp.narrow.gate"] = layer.gates["mlp"].narrow.gate
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda _m, args, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for window in CALIBRATION:
+            plain(window[None])
+    for name, found in seen.items():
+        x = torch.cat([part.flatten(0, -2) for part in found])
+        expected[name], _ = gptq(parts[name].weight, x.T @ x, 32, symmetric=False)
+    tokens_run = {name: sum(part.flatten(0, -2).shape[0] for part in found) for name, found in seen.items()}
+    assert tokens_run["mlp.down_proj"] + tokens_run["gates.mlp.narrow.gate"] == tokens_run["self_attn.k_proj"]
+    model = compress(tiny(), g.GateSkip(budget=0.6, surrogate="narrow"), g.Quantize(group_size=32))
+    for name, weight in expected.items():
+        found = blocks(model)[0].get_submodule(name)
+        agree = (unpack(found.codes) == weight.codes).float().mean()
+        assert agree > 0.98, name
+    record = model.gateskip.steps[-1]["record"]
+    assert record["without_input"] == []
+    assert record["quantized"] == 4 * (7 + 3)
+
+
+def test_gptq_quantizes_every_family(family):
+    model = compress(tiny(family), g.GateSkip(budget=0.8), g.Quantize(group_size=32))
+    record = model.gateskip.steps[-1]["record"]
+    assert record["without_input"] == []
+    nearest = compress(tiny(family), g.GateSkip(budget=0.8), g.Quantize(group_size=32, solver="nearest"))
+    ids = tokens(2, 40, seed=6)
+    with torch.no_grad(), g.budget(model, 1), g.budget(nearest, 1):
+        original = tiny(family)(ids).logits
+        lost = [(other(ids).logits - original).square().mean() for other in (model, nearest)]
+    assert lost[0] < 1.2 * lost[1]  # text of tiny random models tells little; on real ones see benchmarks/
+
+
+def test_what_gptq_refuses():
+    with pytest.raises(g.PipelineError, match="solver = 'best'"):
+        build("quantize", {"solver": "best"})
+    with pytest.raises(ValueError, match="order is GPTQ's"):
+        g.Quantize(solver="nearest", order=True)
+    model = tiny()
+    blocks(model)[1].mlp.up_proj.weight.data[3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: weight .* has 1 NaN or infinite"):
+        compress(model, g.Quantize())

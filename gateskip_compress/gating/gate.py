@@ -152,6 +152,10 @@ class Gate(nn.Module):
     @property
     def replace_macs(self) -> int:
         """Multiply-adds of one token's surrogate."""
+        if self.surrogate == "narrow":  # its projections may be quantized, and are no parameters then
+            return sum(
+                part.in_features * part.out_features for part in (self.narrow.gate, self.narrow.up, self.narrow.down)
+            )
         return sum(p.numel() for p in self.surrogate_parameters if p.dim() == 2)
 
     @property

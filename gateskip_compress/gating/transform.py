@@ -23,6 +23,7 @@ from .train import Training, train_gates
 Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
 KeyValues = Literal["dense", "copy"]
+_WHOLE = 64
 _WHERE: dict[str, tuple[str, ...]] = {
     "branches": BRANCH_KINDS,
     "attention": ("attention",),
@@ -46,7 +47,8 @@ class GateSkip:
         surrogate: What skipped tokens add: `zero`, `mean`, `lowrank`, or `narrow`, which for an MLP is one of few
             channels, and for attention `lowrank`.
         rank: Inner width of a `lowrank` surrogate, and of a `lowrank` gate.
-        channels: Share of an MLP's channels that its `narrow` surrogate has.
+        channels: Share of an MLP's channels that its `narrow` surrogate has, in multiples of 64 where it has so many,
+            so that groups of weights fit.
         kind: What a gate is, see `gate.py`; all but `effect` want training.
         where: Gates on both `branches`, on `attention` or `mlp` alone, or one for a whole `block` on its attention.
         every: Gates in every n-th block, the n-th first.
@@ -186,7 +188,9 @@ class GateSkip:
 
     def _narrow(self, model: PreTrainedModel, layer: int) -> NarrowMlp:
         wide = gated_mlp(model, layer)
-        return NarrowMlp(width(model), max(1, round(self.channels * len(wide.up))), wide.activation)
+        channels = self.channels * len(wide.up)
+        whole = _WHOLE if channels >= _WHOLE else 1
+        return NarrowMlp(width(model), max(1, whole * round(channels / whole)), wide.activation)
 
 
 def _json(table: Sequence[Setting]) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from .blocks import linears as linears
 from .blocks import projections as projections
 from .blocks import read_out as read_out
 from .blocks import remove_blocks as remove_blocks
+from .blocks import surrogate_linears as surrogate_linears
 from .blocks import watch as watch
 from .blocks import width as width
 from .family import BRANCH_KINDS as BRANCH_KINDS
 from .family import FAMILIES as FAMILIES
 from .family import Branch as Branch
 from .family import Family as Family
+from .walk import walk as walk

@@ -174,6 +174,15 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def surrogate_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The float projections of `narrow` surrogates by their full names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(f"{_path(model)}.") and ".narrow." in name
+    }
+
+
 @dataclass(frozen=True)
 class GatedMlp:
     """A gated linear unit, down(activation(gate x) * up x): its weights, and its activation."""

@@ -46,21 +46,38 @@ def quantize(weight: Float[Tensor, "o d"], group_size: int, symmetric: bool) -> 
         ValueError: `group_size` does not divide d, or the weight has NaN or infinite values.
     """
     check_group_size(group_size, weight.shape[1])
+    check_weight(weight)
+    scale, zero = scale_and_zero(weight, group_size, symmetric, weight.dtype)
+    groups = weight.float().unflatten(1, (-1, group_size))
+    codes = encode(groups, scale.float()[..., None], zero.float()[..., None])
+    return Int4Weight(codes.flatten(1), scale, zero.to(torch.uint8))
+
+
+def scale_and_zero(
+    weight: Float[Tensor, "o d"], group_size: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Float[Tensor, "o g"], Float[Tensor, "o g"]]:
+    """Scales, rounded to the dtype that keeps them, and codes of zero that fit them."""
+    groups = weight.float().unflatten(1, (-1, group_size))  # (o, g, group_size)
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    scale = 2 * groups.abs().amax(-1) / _LEVELS if symmetric else (high - low) / _LEVELS
+    # a group of zeros, and one so small that its scale vanishes, are stored as zeros
+    scale = scale.to(dtype)
+    scale = torch.where(scale > torch.finfo(dtype).tiny, scale, torch.ones_like(scale))
+    zero = torch.full_like(scale, 8) if symmetric else (-low / scale.float()).round().clamp(0, _LEVELS)
+    return scale, zero
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor) -> UInt8[Tensor, "..."]:
+    """Nearest codes; the three broadcast."""
+    return ((weight / scale).round() + zero).clamp(0, _LEVELS).to(torch.uint8)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse a weight that is not finite."""
     if not torch.isfinite(weight).all():
         raise ValueError(
             f"weight {tuple(weight.shape)} has {int((~torch.isfinite(weight)).sum())} NaN or infinite values"
         )
-    groups = weight.float().unflatten(1, (-1, group_size))  # (o, g, group_size)
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scale = 2 * groups.abs().amax(-1) / _LEVELS if symmetric else (high - low) / _LEVELS
-    # a group of zeros, and one so small that its scale vanishes, are stored as zeros; the scale is rounded to the
-    # weight's dtype first, so that codes fit the scale that is kept
-    scale = scale.to(weight.dtype)
-    scale = torch.where(scale > torch.finfo(weight.dtype).tiny, scale, torch.ones_like(scale))
-    zero = torch.full_like(scale, 8) if symmetric else (-low / scale.float()).round().clamp(0, _LEVELS)
-    codes = (groups / scale.float()[..., None]).round() + zero.float()[..., None]
-    codes = codes.clamp(0, _LEVELS).to(torch.uint8).flatten(1)
-    return Int4Weight(codes, scale, zero.to(torch.uint8))
 
 
 def dequantize(weight: Int4Weight) -> Float[Tensor, "o d"]:

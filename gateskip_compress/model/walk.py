@@ -1,0 +1,91 @@
+"""Block by block over a text: what one block gives is kept for all windows before the next one runs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .blocks import blocks
+
+Visit = Callable[[int, Callable[[], None]], None]
+"""Gets a block's index, and what runs the block over all windows; may change the block."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass at the first block."""
+
+
+@torch.inference_mode()
+def walk(
+    model: PreTrainedModel, windows: Int[Tensor, "n t"], visit: Visit, track: Callable[..., Iterable[Any]]
+) -> None:
+    """Visit every block with the inputs that the blocks before it give, as visits have left those.
+
+    Args:
+        model: At the budget it is set to; without a cache.
+        windows: One length, so that masks and positions are the same for all.
+        visit: Called for the first block first.
+        track: As in `Context`.
+    """
+    given = _arguments(model, windows[:1])
+    hidden = [_embedded(model, window[None]) for window in windows]
+    below: list[Any] = [None] * len(windows)
+
+    def run_one(block: nn.Module, index: int, at: int) -> Tensor:
+        args, kwargs = given[index]
+        dial = getattr(block, "dial", None)
+        if dial is not None:  # keys and values that blocks hand on are those of the window
+            dial.below = below[at]
+        out = block(hidden[at], *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    for index, block in enumerate(track(blocks(model), "block by block")):
+
+        def run(block: nn.Module = block, index: int = index) -> None:
+            for at in range(len(windows)):
+                run_one(block, index, at)
+
+        visit(index, run)
+        for at in range(len(windows)):
+            hidden[at] = run_one(block, index, at)
+            dial = getattr(block, "dial", None)
+            if dial is not None:
+                below[at], dial.below = dial.below, None
+
+
+def _arguments(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the model gives each block besides the stream."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hold(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        found.append((args[1:], named))
+
+    handles = [block.register_forward_pre_hook(hold, with_kwargs=True) for block in blocks(model)]
+    try:
+        model(window.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _embedded(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> Tensor:
+    """What enters the first block."""
+    found: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Enough
+
+    handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(window.to(model.device), use_cache=False, logits_to_keep=1)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
