@@ -1,1 +1,1 @@
-"""4-bit weights by group: `int4` holds the numerics, `linear` the module, `transform` the Quantize step."""
+"""4-bit weights by group: `int4` and `gptq` hold the numerics, `linear` the module, `transform` the Quantize step."""
