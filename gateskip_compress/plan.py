@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import UnsupportedModel
+from .gating.allocate import MEASURED_TOKENS
 from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
 from .macs import ungated_macs_per_token
 from .model import blocks, branches, linears
@@ -40,7 +41,12 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     tokens = recipe.calibration.windows * context
     work = {
         "prune": lambda step: step.blocks * min(SCORING_TOKENS, tokens),
-        "gateskip": lambda _: tokens + 2 * len(BUDGETS) * min(CALIBRATION_TOKENS, tokens),
+        "gateskip": lambda step: (
+            2 * tokens
+            + 2 * len(BUDGETS) * min(CALIBRATION_TOKENS, tokens)
+            + (2 * layers * min(MEASURED_TOKENS, tokens) if step.spread == "sensitivity" else 0)
+        ),
+        "quantize": lambda step: 3 * tokens if step.solver == "gptq" else 0,  # two passes, and second moments
     }
     steps = []
     for step in recipe.pipeline():
