@@ -97,6 +97,7 @@ def evaluate_model(
     """Measure perplexity, distance from the original and multiply-adds on a text."""
     from .checkpoint import manifest_of
     from .evaluate import evaluate
+    from .gating.calibrate import mean_keys
     from .macs import macs_per_token
     from .quantization.linear import unpacked
     from .source import load
@@ -113,7 +114,7 @@ def evaluate_model(
         quality = evaluate(loaded, held_out, original)
         macs = macs_per_token(loaded, [passage.ids for passage in held_out])
     facts = manifest.original if manifest else None
-    keys = sum(len(p.ids) ** 2 for p in held_out) / sum(len(p.ids) for p in held_out)
+    keys = mean_keys([passage.ids for passage in held_out])
     whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * keys if facts else macs
     _show(
         {

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
 from .evaluate import bootstrap_interval
+from .names import check_choice
 from .track import untracked
 
 
@@ -59,8 +60,7 @@ def read_items(folder: Path, task: str, most: int) -> list[Item]:
         CalibrationError: the file is missing, or a line of it is no such item.
         ValueError: `task` is unknown, or `most` below 1.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} must be one of {', '.join(TASKS)}")
+    check_choice("task", task, TASKS)
     if most < 1:
         raise ValueError(f"items {most} must be at least 1")
     name, item_of = TASKS[task]

@@ -37,6 +37,7 @@ from ..gating.gate import Gate
 from ..gating.transform import check_attention, put_in
 from ..model import BRANCH_KINDS, Branch, ReadOut, blocks, branches, read_out, width
 from ..model.attention import Sight
+from ..names import check_choice
 from ..step import Context, Record
 
 Confidence = Literal["softmax", "saturation"]
@@ -59,8 +60,7 @@ class EarlyExit:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        if self.confidence not in get_args(Confidence):
-            raise ValueError(f"confidence {self.confidence!r} must be one of {', '.join(get_args(Confidence))}")
+        check_choice("confidence", self.confidence, get_args(Confidence))
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Put it in, in place, calibrate thresholds and turn the dial to `budget`."""

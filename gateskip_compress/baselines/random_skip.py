@@ -21,6 +21,7 @@ from ..gating.gate import Gate
 from ..gating.transform import check_attention, put_in
 from ..model import BRANCH_KINDS, Branch, blocks, branches, width
 from ..model.attention import Sight
+from ..names import check_choice
 from ..step import Context, Record
 
 Surrogate = Literal["zero", "mean", "lowrank"]
@@ -46,8 +47,7 @@ class RandomSkip:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        if self.surrogate not in get_args(Surrogate):
-            raise ValueError(f"surrogate {self.surrogate!r} must be one of {', '.join(get_args(Surrogate))}")
+        check_choice("surrogate", self.surrogate, get_args(Surrogate))
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Put it in, in place, calibrate thresholds and turn the dial to `budget`."""

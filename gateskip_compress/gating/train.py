@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import GateSkipError
 from ..losses import cross_entropy, gate_kl, gate_l1, gate_l2, kl_divergence
 from ..model import blocks, linears
+from ..names import check_choice
 from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, train
@@ -83,8 +84,7 @@ class Training:
             ("gate_loss", self.gate_loss, get_args(GateLoss)),
             ("precision", self.precision, ("no", "bf16")),
         ):
-            if value not in known:
-                raise ValueError(f"training.{field} {value!r} must be one of {', '.join(known)}")
+            check_choice(f"training.{field}", value, known)
         for field, value in (("steps", self.steps), ("batch", self.batch)):
             if value < 1:
                 raise ValueError(f"training.{field} {value} must be at least 1")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, width
+from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import GatedBlock, gate_block
@@ -24,6 +25,7 @@ Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
 KeyValues = Literal["dense", "copy"]
 _WHOLE = 64
+"""Channels of a `narrow` surrogate come in multiples of it, so that groups of weights fit."""
 _WHERE: dict[str, tuple[str, ...]] = {
     "branches": BRANCH_KINDS,
     "attention": ("attention",),
@@ -91,8 +93,7 @@ class GateSkip:
             ("allocation", self.allocation, (None, *ALLOCATIONS)),
             ("kv", self.kv, ("dense", "copy")),
         ):
-            if value not in known:
-                raise ValueError(f"{field} {value!r} must be one of {', '.join(filter(None, known))}")
+            check_choice(field, value, known)
         if not 0 < self.channels < 1:
             raise ValueError(f"channels {self.channels} must be between 0 and 1: it is a share of an MLP's channels")
         for field, value in (("rank", self.rank), ("every", self.every)):

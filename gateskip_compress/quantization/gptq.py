@@ -48,9 +48,8 @@ def gptq(
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian has NaN or infinite values: so have the layer's inputs")
     d = weight.shape[1]
-    left = weight.float().clone()
-    diagonal = hessian.diagonal()
-    columns = diagonal.argsort(descending=True) if order else torch.arange(d, device=weight.device)
+    left = weight.float()
+    columns = hessian.diagonal().argsort(descending=True) if order else torch.arange(d, device=weight.device)
     inverse, used = _inverse_factor(hessian[columns][:, columns], damping)
     scale, zero = scale_and_zero(left, group_size, symmetric, weight.dtype)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)

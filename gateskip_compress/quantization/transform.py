@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
 from ..model import blocks, family_of, linears, surrogate_linears, walk
+from ..names import check_choice
 from ..step import Context, Record, Stage
-from .gptq import gptq, output_error
+from .gptq import DAMPING, gptq, output_error
 from .int4 import GROUP_SIZES, Int4Weight, check_group_size, check_weight, dequantize, quantize
 from .linear import Int4Linear
 
@@ -50,10 +51,8 @@ class Quantize:
     def __post_init__(self) -> None:
         if self.bits != 4:
             raise ValueError(f"bits {self.bits} must be 4")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size {self.group_size} must be one of {', '.join(map(str, GROUP_SIZES))}")
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"solver {self.solver!r} must be one of {', '.join(get_args(Solver))}")
+        check_choice("group_size", self.group_size, GROUP_SIZES)
+        check_choice("solver", self.solver, get_args(Solver))
         if self.order and self.solver != "gptq":
             raise ValueError("order is GPTQ's: use solver='gptq'")
 
@@ -180,6 +179,6 @@ def _summary(notes: dict[str, dict[str, float]]) -> Record:
             "worst_output_error": notes[hardest]["output_error"],
             "worst_output": hardest,
             "without_input": [name for name, note in notes.items() if note["tokens"] == 0],
-            "damped_more": [name for name, note in notes.items() if note["damping"] > 0.011],
+            "damped_more": [name for name, note in notes.items() if note["damping"] > DAMPING],
         }
     return record
