@@ -38,7 +38,10 @@ _LEAST_SPREAD = 1e-6
 
 @dataclass(frozen=True)
 class _Call:
-    """One branch at work: hidden (b, t, d), normalised x, what the body reads, the output's scale, and decisions."""
+    """One branch at work: hidden (b, t, d), normalised x, what the body reads, the output's scale, and decisions.
+
+    A fresh `hidden` was made by the block itself, nobody else has it, and it is not needed for gradients.
+    """
 
     branch: Branch
     gate: Gate
@@ -49,6 +52,7 @@ class _Call:
     keep: Bool[Tensor, "b t"]
     seen: Sight
     given: dict[str, Any]
+    fresh: bool
 
 
 class GatedBlock(nn.Module):
@@ -99,15 +103,17 @@ class GatedBlock(nn.Module):
         if self.dial.decisions is not None:
             self.dial.decisions.append(decision)
         inputs = x * scale if scale is not None and self.before else x
-        call = _Call(branch, gate, hidden, x, inputs, None if self.before else scale, keep, seen, given)
+        fresh = branch is not self.family.branches[0] and not torch.is_grad_enabled()
+        call = _Call(branch, gate, hidden, x, inputs, None if self.before else scale, keep, seen, given, fresh)
         if self.dial.how == "soft":
             spread = self.dial.spreads[branch_index(self.layer, branch.kind)]
             share = _straight_through(decision.score, self._threshold(branch), keep, spread)
             return self._add_masked(call, share), decision
-        if keep.all():
+        kept = keep.flatten().nonzero().squeeze(1)
+        if len(kept) == keep.numel():
             return hidden + self._scaled(call, self._out(branch, inputs, given)), decision
         compact = self.dial.how == "compact"
-        return self._add_kept(call) if compact else self._add_masked(call, keep[..., None]), decision
+        return self._add_kept(call, kept) if compact else self._add_masked(call, keep[..., None]), decision
 
     def decide(
         self, branch: Branch, x: Float[Tensor, "b t d"], earlier: Decision | None, seen: Sight, given: dict[str, Any]
@@ -178,12 +184,11 @@ class GatedBlock(nn.Module):
             return call.hidden + share * out + (1 - share) * surrogate
         return call.hidden + torch.where(share, out, surrogate)
 
-    def _add_kept(self, call: _Call) -> Tensor:
+    def _add_kept(self, call: _Call, kept: Int[Tensor, " n"]) -> Tensor:
         """Compute the branch for the kept tokens alone, nothing at all where there are none."""
-        kept = call.keep.flatten().nonzero().squeeze(1)
         skipped = (~call.keep & call.seen.real).flatten().nonzero().squeeze(1)
         flat_inputs = call.inputs.flatten(0, 1)
-        flat = call.hidden.flatten(0, 1).clone()
+        flat = (call.hidden if call.fresh else call.hidden.clone()).flatten(0, 1)
         out = None
         if call.branch.kind == "attention":
             out = self._attend_kept(call, flat_inputs, kept)

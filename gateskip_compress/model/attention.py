@@ -161,10 +161,11 @@ def attend(
         where[slots] = column
     packed = packed.transpose(1, 2)  # (b, h, n, k)
     cap = getattr(attention, layout.softcap) if layout.softcap is not None else None
+    own, places = seen.own[where], torch.arange(keys.shape[2], device=keys.device)
     strips = []
-    for begin, end, most in _strips(seen, where, keys.shape[2]):
-        mask = _mask_rows(seen, where[:, begin:end], most, query.dtype)
-        part, k, v = packed[:, :, begin:end], keys[:, :, :most], values[:, :, :most]
+    for begin, end, most in _strips(own, keys.shape[2]):
+        mask = _mask_rows(seen, where[:, begin:end], own[:, begin:end, None], places[:most], query.dtype)
+        part, k, v = packed.narrow(2, begin, end - begin), keys.narrow(2, 0, most), values.narrow(2, 0, most)
         if cap is not None:
             strips.append(_capped(part, k, v, mask, attention.scaling, cap))
         else:
@@ -220,26 +221,27 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ values
 
 
-def _strips(seen: Sight, where: Int[Tensor, "b n"], s: int) -> list[tuple[int, int, int]]:
+def _strips(own: Int[Tensor, "b n"], s: int) -> list[tuple[int, int, int]]:
     """Queries from begin to end, and how many keys from the first on hold all that these may see."""
-    n, size = where.shape[1], _strip.get()
+    n, size = own.shape[1], _strip.get()
     ends = [*range(size, n, size), n]
     if len(ends) == 1:
         return [(0, n, s)]
-    reach = seen.own[where].amax(0).cummax(0).values[[end - 1 for end in ends]] + 1
-    return list(zip([0, *ends], ends, reach.tolist(), strict=False))
+    reach = own.amax(0).cummax(0).values.tolist()
+    return [(begin, end, reach[end - 1] + 1) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _mask_rows(seen: Sight, where: Int[Tensor, "b n"], s: int, dtype: torch.dtype) -> Tensor | None:
+def _mask_rows(
+    seen: Sight, where: Int[Tensor, "b n"], own: Int[Tensor, "b n 1"], places: Int[Tensor, " s"], dtype: torch.dtype
+) -> Tensor | None:
     """The mask's rows at the columns `where`, (b, 1, n, s); None where every key may be seen."""
-    b, t = where.shape[0], len(seen.own)
+    b, s = len(where), len(places)
     if seen.mask is None:
-        if t == 1:
+        if len(seen.own) == 1:
             return None
         # a static cache has more keys than tokens so far
-        ahead = torch.arange(s, device=where.device) > seen.own[where][..., None]
-        return torch.zeros(ahead.shape, dtype=dtype, device=where.device).masked_fill_(ahead, -torch.inf)[:, None]
-    if t == 1:
+        return torch.where(places > own, own.new_full((), -torch.inf, dtype=dtype), 0)[:, None]
+    if len(seen.own) == 1:
         return seen.mask[..., :s]
     rows = torch.arange(b, device=where.device)[:, None]
     return seen.mask.expand(b, -1, -1, -1)[rows, 0, where][:, None, :, :s]
@@ -247,8 +249,11 @@ def _mask_rows(seen: Sight, where: Int[Tensor, "b n"], s: int, dtype: torch.dtyp
 
 def _rotate(x: Float[Tensor, "*b h k"], cos: Float[Tensor, "*c r"], sin: Float[Tensor, "*c r"]) -> Tensor:
     """Rotary position embedding of the half-split kind (arXiv 2104.09864), of the first r of k channels."""
-    r = cos.shape[-1]
-    turned, passed = x[..., :r], x[..., r:]
-    left, right = turned.chunk(2, dim=-1)
-    turned = turned * cos.unsqueeze(-2) + torch.cat((-right, left), dim=-1) * sin.unsqueeze(-2)
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    half = cos.shape[-1] // 2
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    left, right, passed = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    left, right = (
+        (left * cos[..., :half]).addcmul(right, sin[..., :half], value=-1),
+        (right * cos[..., half:]).addcmul(left, sin[..., half:]),
+    )
+    return torch.cat((left.to(x.dtype), right.to(x.dtype), passed), dim=-1)
