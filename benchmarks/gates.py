@@ -55,6 +55,7 @@ from gateskip_compress.macs import branch_costs, macs_per_token, ungated_macs_pe
 from gateskip_compress.measure import environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start
+from gateskip_compress.precision import quick_products
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
 from gateskip_compress.text import cut, documents, joined, passages, self_written
@@ -154,7 +155,8 @@ def measure(given: argparse.Namespace) -> None:
                 if isinstance(applied, g.GateSkip):
                     dial = dial_of(model)
                     if name not in tables:
-                        tables[name] = calibrate(model, alike[name], applied.spread)
+                        with quick_products():
+                            tables[name] = calibrate(model, alike[name], applied.spread)
                     dial.table = tables[name]
                     if share < dial.floor:
                         print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")
@@ -217,7 +219,8 @@ def fitted(
         applied = g.Prune(blocks=blocks_to_drop(model, share, context)) if step is g.Prune else step
         began = time.perf_counter()
         if applied is not None:
-            applied.apply(model, context)
+            with quick_products():  # as a pipeline does
+                applied.apply(model, context)
         seconds = time.perf_counter() - began
         if share is not None:
             yield model, share, applied, seconds

@@ -13,6 +13,7 @@ from .checkpoint import Manifest, attach, manifest_of
 from .errors import PipelineError, UnsupportedModel
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
+from .precision import quick_products
 from .speculation.transform import SelfSpeculation
 from .step import Context, Record, Stage, Transform
 from .text import Passage, self_written
@@ -130,8 +131,9 @@ def start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
 
 
 def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
-    """Apply one step in place and write it into the model's manifest."""
-    record = step.apply(model, context)
+    """Apply one step in place, with quick products, and write it into the model's manifest."""
+    with quick_products():
+        record = step.apply(model, context)
     manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
     attach(model, manifest)
@@ -159,7 +161,8 @@ def recalibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, " _t"]])
     if manifest is None or gated is None:
         raise UnsupportedModel("this model has no gates; put a GateSkip step into its pipeline first")
     transform, step = gated
-    step["record"] = transform.recalibrate(model, step["record"], sequences)
+    with quick_products():
+        step["record"] = transform.recalibrate(model, step["record"], sequences)
     attach(model, manifest)
 
 

@@ -14,13 +14,15 @@ where s(z) = sigmoid(z + 5) / sigmoid(5): the paper's start at bias 5, divided s
 The score of a gate with a scale is the mean of its scale over d (arXiv 2510.13876, eq. 3).
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ..precision import exact_products
 
 Kind = Literal["effect", "vector", "scalar", "shared", "mlp", "lowrank", "hybrid"]
 Surrogate = Literal["zero", "mean", "lowrank", "narrow"]
@@ -166,9 +168,12 @@ class Gate(nn.Module):
 
 
 def _exactly(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: scores differ by less than bfloat16 tells apart, and rounding them costs quality."""
-    autocast = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
+    """No bfloat16 inside: scores differ by less than it tells apart, and rounding them costs quality."""
+    inside = ExitStack()
+    inside.enter_context(exact_products())
+    if torch.is_autocast_enabled(device.type):
+        inside.enter_context(torch.autocast(device.type, enabled=False))
+    return inside
 
 
 def _opening(z: Tensor) -> Tensor:
