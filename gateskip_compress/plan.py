@@ -12,7 +12,7 @@ from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
 from .macs import ungated_macs_per_token
 from .model import blocks, branches, linears
 from .pruning.transform import SCORING_TOKENS, Prune
-from .quantization.int4 import check_group_size
+from .quantization.groups import check_group_size
 from .quantization.transform import Quantize
 from .recipe import Recipe
 from .source import resolve
@@ -58,8 +58,9 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
             disk -= (1 - kept) * weights * float_bytes
         if isinstance(step, Quantize):
             for linear in linears(model).values():
-                check_group_size(step.group_size, linear.in_features)
-            disk -= kept * weights * (float_bytes - 0.5 - float_bytes / step.group_size)
+                check_group_size(step.group_size, linear.in_features, short=step.short_groups)
+            mean = step.mean_bits or step.bits
+            disk -= kept * weights * (float_bytes - mean / 8 - float_bytes / step.group_size)
         steps.append({"step": repr(step), "estimated_seconds": round(seconds, 1)})
     measured = recipe.evaluation.most_tokens * 2 * (len(steps) + 1) * per_token / rate
     return {

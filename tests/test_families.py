@@ -10,7 +10,7 @@ import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, spent
 from gateskip_compress.gating.dial import decisions, dial_of
 from gateskip_compress.model import blocks, branches, linears, read_out, watch
-from gateskip_compress.quantization.linear import Int4Linear
+from gateskip_compress.quantization.linear import QuantizedLinear
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)
 
@@ -87,7 +87,7 @@ def test_a_static_cache_gives_the_same(gated, chunk):
 def test_a_stack_of_all_reloads_and_speculates(family, tmp_path):
     model = compress(tiny(family), g.Prune(blocks=1), g.GateSkip(budget=0.85, rank=4), g.Quantize(group_size=32))
     assert {type(module) for block in blocks(model) for module in block.modules()}.isdisjoint({nn.Linear})
-    assert len([m for m in model.modules() if isinstance(m, Int4Linear)]) == len(linears(tiny(family))) * 3 // 4
+    assert len([m for m in model.modules() if isinstance(m, QuantizedLinear)]) == len(linears(tiny(family))) * 3 // 4
     ids = tokens(1, 12, seed=4)
     expected = logits(model, ids)
     with g.masked(model):

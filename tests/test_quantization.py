@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,27 +7,30 @@ from hypothesis import strategies as st
 from tiny_models import CALIBRATION, compress, tiny, tokens
 
 import gateskip_compress as g
-from gateskip_compress.model import blocks
+from gateskip_compress.model import blocks, linears
+from gateskip_compress.precision import quick_products
+from gateskip_compress.quantization.allocate import allocate_bits
 from gateskip_compress.quantization.gptq import gptq, output_error
-from gateskip_compress.quantization.int4 import dequantize, pack, quantize, unpack
-from gateskip_compress.quantization.linear import Int4Linear, unpacked
+from gateskip_compress.quantization.groups import dequantize, pack, quantize, unpack
+from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
+from gateskip_compress.step import Context
 from gateskip_compress.transforms import build
 
 
-def naive(weight, group_size, symmetric):
+def naive(weight, bits, group_size, symmetric):
     """The docstring's equations, one weight after another."""
-    out = torch.empty_like(weight)
+    out, most = torch.empty_like(weight), 2**bits - 1
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group_size):
             group = weight[row, start : start + group_size]
             if symmetric:
-                scale, zero = 2 * group.abs().max() / 15, torch.tensor(8.0)
+                scale, zero = 2 * group.abs().max() / most, torch.tensor(2.0 ** (bits - 1))
             else:
                 low, high = group.min().clamp(max=0), group.max().clamp(min=0)
-                scale = (high - low) / 15
+                scale = (high - low) / most
                 zero = (-low / scale).round() if scale > 0 else torch.tensor(0.0)
             for i, value in enumerate(group):
-                code = 0 if scale == 0 else ((value / scale).round() + zero).clamp(0, 15)
+                code = 0 if scale == 0 else ((value / scale).round() + zero).clamp(0, most)
                 out[row, start + i] = 0 if scale == 0 else (code - zero) * scale
     return out
 
@@ -33,29 +38,33 @@ def naive(weight, group_size, symmetric):
 @settings(deadline=None, max_examples=25)
 @given(
     rows=st.integers(1, 5),
-    groups=st.integers(1, 3),
+    width=st.sampled_from([24, 32, 64, 96, 160]),
+    bits=st.sampled_from([3, 4, 8]),
     group_size=st.sampled_from([32, 64]),
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
     size=st.sampled_from([1e-6, 1.0, 1e4]),
 )
-def test_quantize_equals_the_naive_loop(rows, groups, group_size, symmetric, seed, size):
-    weight = size * torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(seed))
+def test_quantize_equals_the_naive_loop(rows, width, bits, group_size, symmetric, seed, size):
+    weight = size * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     weight[0, :group_size] = 0
-    found = dequantize(quantize(weight, group_size, symmetric))
-    torch.testing.assert_close(found, naive(weight, group_size, symmetric), atol=0, rtol=1e-5)
+    found = dequantize(quantize(weight, bits, group_size, symmetric))
+    torch.testing.assert_close(found, naive(weight, bits, group_size, symmetric), atol=0, rtol=1e-5)
 
 
 @settings(deadline=None)
-@given(rows=st.integers(1, 7), pairs=st.integers(1, 40), seed=st.integers(0, 99))
-def test_packing_loses_nothing(rows, pairs, seed):
-    codes = torch.randint(16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    assert torch.equal(unpack(pack(codes)), codes)
+@given(rows=st.integers(1, 7), eights=st.integers(1, 9), bits=st.sampled_from([3, 4, 8]), seed=st.integers(0, 99))
+def test_packing_loses_nothing(rows, eights, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, 8 * eights), generator=generator, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (rows, eights * bits)
+    assert torch.equal(unpack(packed, bits), codes)
 
 
 def test_error_is_at_most_half_a_step():
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    packed = quantize(weight, 64, symmetric=False)
+    packed = quantize(weight, 4, 64, symmetric=False)
     error = (dequantize(packed) - weight).abs().unflatten(1, (2, 64)).amax(-1)
     # rounding of the zero point can push an end of the range out by half a step more
     assert (error <= 1.01 * packed.scale).all()
@@ -66,21 +75,23 @@ def test_values_that_are_not_finite_are_refused(value):
     weight = torch.ones(4, 64)
     weight[1, 3] = value
     with pytest.raises(ValueError, match="1 NaN or infinite"):
-        quantize(weight, 64, symmetric=True)
+        quantize(weight, 4, 64, symmetric=True)
 
 
 def test_a_group_size_that_does_not_divide_names_those_that_do():
     model = tiny(intermediate_size=96)
-    with pytest.raises(ValueError, match=r"group_size 64 .* divide in_features 96; .* these do: 32"):
+    with pytest.raises(
+        ValueError, match=r"group_size 64 .* divide in_features 96; .* these do: 32; .*short_groups=True"
+    ):
         compress(model, g.Quantize(group_size=64))
-    assert not any(isinstance(module, Int4Linear) for module in model.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_layer_multiplies_by_the_dequantized_weight(symmetric):
     linear = torch.nn.Linear(64, 24)
-    weight = quantize(linear.weight.data, 32, symmetric)
-    layer = Int4Linear.like(linear, 32, symmetric)
+    weight = quantize(linear.weight.data, 4, 32, symmetric)
+    layer = QuantizedLinear.like(linear, 4, 32, symmetric)
     layer.load(weight, linear.bias)
     x = torch.randn(3, 5, 64)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dequantize(weight), linear.bias))
@@ -88,7 +99,7 @@ def test_the_layer_multiplies_by_the_dequantized_weight(symmetric):
 
 def test_only_projections_in_blocks_are_quantized():
     model = compress(tiny(), g.GateSkip(rank=4), g.Quantize(group_size=32))
-    names = [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     assert len(names) == 4 * 7
     assert not any("gates" in name or "lm_head" in name for name in names)
     assert torch.isfinite(model(tokens(1, 8)).logits).all()
@@ -100,9 +111,9 @@ def test_unpacking_changes_speed_alone():
     packed = model(ids).logits
     with unpacked(model):
         assert torch.equal(model(ids).logits, packed)
-        held = [module._held for module in model.modules() if isinstance(module, Int4Linear)]
+        held = [module._held for module in model.modules() if isinstance(module, QuantizedLinear)]
         assert all(matrix is not None for matrix in held)
-    assert all(module._held is None for module in model.modules() if isinstance(module, Int4Linear))
+    assert all(module._held is None for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def inputs_and_weight(n=300, d=96, o=12):
@@ -117,7 +128,7 @@ def naive_gptq(weight, hessian, group_size, symmetric, damping=0.01):
     damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
     for column in range(weight.shape[1]):
         if column % group_size == 0:
-            group = quantize(left[:, column : column + group_size].float(), group_size, symmetric)
+            group = quantize(left[:, column : column + group_size].float(), 4, group_size, symmetric)
             scale, zero = group.scale[:, 0].double(), group.zero[:, 0].double()
         code = ((left[:, column] / scale).round() + zero).clamp(0, 15)
         out[:, column] = (code - zero) * scale
@@ -132,7 +143,7 @@ def naive_gptq(weight, hessian, group_size, symmetric, damping=0.01):
 def test_gptq_equals_column_after_column_with_fresh_inverses(symmetric, d):
     x, weight = inputs_and_weight(n=600, d=d)
     hessian = x.T @ x
-    codes, damping = gptq(weight, hessian, 32, symmetric)
+    codes, damping = gptq(weight, hessian, 4, 32, symmetric)
     assert damping == 0.01
     found, expected = dequantize(codes), naive_gptq(weight, hessian, 32, symmetric)
     # a value on the edge between two codes may fall either way, and then all after it move
@@ -145,8 +156,8 @@ def test_gptq_equals_column_after_column_with_fresh_inverses(symmetric, d):
 def test_gptq_loses_much_less_than_rounding_to_nearest(order):
     x, weight = inputs_and_weight()
     hessian = x.T @ x
-    codes, _ = gptq(weight, hessian, 32, symmetric=False, order=order)
-    nearest = dequantize(quantize(weight, 32, symmetric=False))
+    codes, _ = gptq(weight, hessian, 4, 32, symmetric=False, order=order)
+    nearest = dequantize(quantize(weight, 4, 32, symmetric=False))
     lost = ((x @ (weight - dequantize(codes)).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
     assert output_error(weight, dequantize(codes), hessian) == pytest.approx(float(lost), rel=1e-3)
     assert lost < 0.6 * output_error(weight, nearest, hessian)
@@ -154,18 +165,18 @@ def test_gptq_loses_much_less_than_rounding_to_nearest(order):
 
 def test_gptq_of_dead_and_of_dependent_inputs():
     x, weight = inputs_and_weight()
-    nothing, _ = gptq(weight, torch.zeros(96, 96), 32, symmetric=True)
-    assert torch.equal(nothing.codes, quantize(weight, 32, symmetric=True).codes)
+    nothing, _ = gptq(weight, torch.zeros(96, 96), 4, 32, symmetric=True)
+    assert torch.equal(nothing.codes, quantize(weight, 4, 32, symmetric=True).codes)
     x[:, 7] = 0
     x[:, 9] = x[:, 8]
     x = x[:20]  # of rank 20 at most
-    codes, damping = gptq(weight, x.T @ x, 32, symmetric=True)
+    codes, damping = gptq(weight, x.T @ x, 4, 32, symmetric=True)
     assert torch.isfinite(dequantize(codes)).all()
     assert damping >= 0.01
     column = (weight[:, 7] / codes.scale[:, 0]).round() + 8
     assert torch.equal(codes.codes[:, 7].float(), column.clamp(0, 15))
     with pytest.raises(ValueError, match="Hessian has NaN"):
-        gptq(weight, torch.full((96, 96), torch.nan), 32, symmetric=True)
+        gptq(weight, torch.full((96, 96), torch.nan), 4, 32, symmetric=True)
 
 
 def test_hessians_are_of_the_tokens_that_run():
@@ -176,22 +187,80 @@ def test_hessians_are_of_the_tokens_that_run():
     parts["gates.mlp.narrow.gate"] = layer.gates["mlp"].narrow.gate
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda _m, args, name=name: seen.setdefault(name, []).append(args[0]))
-    with torch.no_grad():
+    with torch.no_grad(), quick_products():
         for window in CALIBRATION:
             plain(window[None])
     for name, found in seen.items():
         x = torch.cat([part.flatten(0, -2) for part in found])
-        expected[name], _ = gptq(parts[name].weight, x.T @ x, 32, symmetric=False)
+        with quick_products():
+            hessian = x.T @ x
+        expected[name], _ = gptq(parts[name].weight, hessian, 4, 32, symmetric=False, order=True, clip=True)
     tokens_run = {name: sum(part.flatten(0, -2).shape[0] for part in found) for name, found in seen.items()}
     assert tokens_run["mlp.down_proj"] + tokens_run["gates.mlp.narrow.gate"] == tokens_run["self_attn.k_proj"]
     model = compress(tiny(), g.GateSkip(budget=0.6, surrogate="narrow"), g.Quantize(group_size=32))
     for name, weight in expected.items():
         found = blocks(model)[0].get_submodule(name)
-        agree = (unpack(found.codes) == weight.codes).float().mean()
-        assert agree > 0.98, name
+        agree = (unpack(found.codes, 4) == weight.codes).float().mean()
+        assert agree > 0.95, name  # products in bfloat16 round windows one by one
     record = model.gateskip.steps[-1]["record"]
     assert record["without_input"] == []
     assert record["quantized"] == 4 * (7 + 3)
+
+
+def test_clipping_finds_the_range_of_least_error():
+    generator = torch.Generator().manual_seed(2)
+    weight, counts = torch.randn(6, 64, generator=generator) ** 3, torch.rand(64, generator=generator)
+    shares = [1 - step / 20 for step in range(9)]
+
+    def error(found):
+        return ((dequantize(found) - weight) ** 2 * counts).unflatten(1, (2, 32)).sum(-1)
+
+    tried = []
+    for share in shares:
+        high = weight.unflatten(1, (2, 32)).abs().amax(-1, keepdim=True) * share
+        cut = weight.unflatten(1, (2, 32)).clamp(-high, high).flatten(1)
+        scale = quantize(cut, 4, 32, True).scale
+        code = ((weight / scale.repeat_interleave(32, 1)).round() + 8).clamp(0, 15)
+        tried.append(
+            (((code - 8) * scale.repeat_interleave(32, 1) - weight) ** 2 * counts).unflatten(1, (2, 32)).sum(-1)
+        )
+    found = error(quantize(weight, 4, 32, True, clip=True, importance=counts))
+    torch.testing.assert_close(found, torch.stack(tried).amin(0))
+    assert (found < error(quantize(weight, 4, 32, True))).any()
+
+
+def test_bits_by_name():
+    model = compress(tiny(), g.Quantize(group_size=32, bits_of={r"layers\.0\.": 16, "down_proj": 8, "q_proj": 3}))
+    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    assert not any(".layers.0." in name for name in found)
+    assert {module.bits for name, module in found.items() if "down_proj" in name} == {8}
+    assert {module.bits for name, module in found.items() if "q_proj" in name} == {3}
+    assert {module.bits for name, module in found.items() if "up_proj" in name} == {4}
+
+
+@pytest.mark.parametrize("mean_bits", [3.8, 5])
+def test_bits_by_a_mean(mean_bits, tmp_path):
+    model = compress(tiny(), g.Quantize(group_size=32, mean_bits=mean_bits, bits_of={"o_proj": 8}))
+    record = model.gateskip.steps[-1]["record"]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    found = sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    assert found == pytest.approx(record["mean_bits"])
+    assert mean_bits - max(sizes) / sum(sizes) <= found <= mean_bits
+    assert {bits for name, bits in record["bits"].items() if "o_proj" in name} == {8}
+    model.save_pretrained(tmp_path / "model")
+    ids = tokens(1, 8)
+    assert torch.equal(g.load(str(tmp_path / "model"))[0](ids).logits, model(ids).logits)
+
+
+def test_measured_bits_go_where_rounding_moves_the_loss_most():
+    model = tiny()
+    found = linears(model)
+    quiet = next(name for name in found if "layers.1.mlp.down_proj" in name)
+    found[quiet].weight.data.mul_(1e-4)  # what it does is lost anyway
+    bits = allocate_bits(model, found, {}, 4.0, partial(quantize, group_size=32, symmetric=False), Context(CALIBRATION))
+    assert bits[quiet] == 3
+    assert max(bits.values()) > 3
 
 
 def test_gptq_quantizes_every_family(family):
@@ -209,8 +278,14 @@ def test_gptq_quantizes_every_family(family):
 def test_what_gptq_refuses():
     with pytest.raises(g.PipelineError, match="solver = 'best'"):
         build("quantize", {"solver": "best"})
-    with pytest.raises(ValueError, match="order is GPTQ's"):
-        g.Quantize(solver="nearest", order=True)
+    with pytest.raises(g.PipelineError, match=r"bits = 5: Input should be 3, 4 or 8"):
+        build("quantize", {"bits": 5})
+    with pytest.raises(ValueError, match=r"bits_of 'down\(' is no regular expression"):
+        g.Quantize(bits_of={"down(": 8})
+    with pytest.raises(ValueError, match="mean_bits 2 must be from 3 to 8"):
+        g.Quantize(mean_bits=2)
+    with pytest.raises(ValueError, match="bits_of alone needs"):
+        compress(tiny(), g.Quantize(group_size=32, bits_of={".": 8}, mean_bits=4))
     model = tiny()
     blocks(model)[1].mlp.up_proj.weight.data[3, 4] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: weight .* has 1 NaN or infinite"):

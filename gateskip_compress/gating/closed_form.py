@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..precision import exact_products
+
 
 @dataclass
 class Moments:
@@ -33,6 +35,7 @@ class Moments:
         shapes = ((d,), (o,), (d, d), (d, o))
         return cls(0, *(torch.zeros(shape, device=device) for shape in shapes))
 
+    @exact_products()  # rounded sums of squares are no covariance
     def add(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n o"]) -> None:
         """Add n tokens."""
         x, y = x.float(), y.float()
@@ -88,6 +91,7 @@ def reduced_rank(
     return down.float(), up.float(), (y_mean - x_mean @ down @ up).float()
 
 
+@exact_products()
 def backward_elimination(
     xx: Float[Tensor, "k k"], weight: Float[Tensor, "o k"], count: int, ridge: float
 ) -> Int[Tensor, " _count"]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import CalibrationError
 from ..macs import branch_costs
 from ..model import gated_mlp, watch, width
+from ..precision import exact_products
 from ..step import Context
 from .closed_form import Moments, backward_elimination, effect, reduced_rank, regress
 from .gate import Gate
@@ -105,7 +106,8 @@ def _choose_channels(model: PreTrainedModel, gates: Gates, windows: Int[Tensor, 
         if kind == "mlp" and layer in wide:
             mlp = wide[layer]
             inner = (mlp.activation(F.linear(x, mlp.gate)) * F.linear(x, mlp.up)).float()
-            grams[layer].addmm_(inner.T, inner)
+            with exact_products():
+                grams[layer].addmm_(inner.T, inner)
 
     _watch(model, windows, see_channels, context, "choose channels")
     for layer, mlp in context.track(wide.items(), "eliminate channels"):

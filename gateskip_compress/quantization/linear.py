@@ -1,4 +1,4 @@
-"""A linear layer that keeps its weight in 4 bits and dequantizes it when it runs."""
+"""A linear layer that keeps its weight in few bits and dequantizes it when it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .int4 import Int4Weight, check_group_size, dequantize, pack, unpack
+from .groups import GroupWeight, dequantize, pack, unpack
 
 
-class Int4Linear(nn.Module):
+class QuantizedLinear(nn.Module):
     """`y = x dequantize(W)ᵀ + b` with W as packed codes, scales and zero points.
 
     Saves memory and disk, not time: torch has no fast float32 × int4 product for CPUs, so each call writes the float
@@ -20,6 +20,7 @@ class Int4Linear(nn.Module):
     Args:
         in_features: Width of x.
         out_features: Width of y.
+        bits: Of a code: 3, 4 or 8.
         group_size: Weights that share a scale.
         symmetric: No zero points.
         bias: Whether there is a bias.
@@ -27,24 +28,33 @@ class Int4Linear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, group_size: int, symmetric: bool, *, bias: bool, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        check_group_size(group_size, in_features)
         self.in_features, self.out_features = in_features, out_features
-        groups = in_features // group_size
-        self.codes = nn.Buffer(torch.zeros(out_features, in_features // 2, dtype=torch.uint8))
+        self.bits, self.group_size = bits, group_size
+        groups = -(-in_features // group_size)
+        self.codes = nn.Buffer(torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
         self.scale = nn.Buffer(torch.zeros(out_features, groups, dtype=dtype))
         self.zero = None if symmetric else nn.Buffer(torch.zeros(out_features, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._held: Tensor | None = None
 
     @classmethod
-    def like(cls, linear: nn.Linear, group_size: int, symmetric: bool) -> "Int4Linear":
+    def like(cls, linear: nn.Linear, bits: int, group_size: int, symmetric: bool) -> "QuantizedLinear":
         """An empty layer of a linear's shape, dtype and device."""
         empty = cls(
             linear.in_features,
             linear.out_features,
+            bits,
             group_size,
             symmetric,
             bias=linear.bias is not None,
@@ -52,9 +62,9 @@ class Int4Linear(nn.Module):
         )
         return empty.to(linear.weight.device)
 
-    def load(self, weight: Int4Weight, bias: Tensor | None) -> None:
+    def load(self, weight: GroupWeight, bias: Tensor | None) -> None:
         """Take over a quantized weight, in place."""
-        self.codes.copy_(pack(weight.codes))
+        self.codes.copy_(pack(weight.codes, self.bits))
         self.scale.copy_(weight.scale)
         if self.zero is not None:
             self.zero.copy_(weight.zero)
@@ -62,27 +72,33 @@ class Int4Linear(nn.Module):
             self.bias.data.copy_(bias)
 
     @property
+    def quantized(self) -> GroupWeight:
+        """Codes, scales and zero points as one value."""
+        middle = 2 ** (self.bits - 1)
+        zero = torch.full_like(self.scale, middle, dtype=torch.uint8) if self.zero is None else self.zero
+        return GroupWeight(unpack(self.codes, self.bits), self.scale, zero, self.bits, self.group_size)
+
+    @property
     def weight(self) -> Float[Tensor, "o d"]:
         """The float matrix, written out anew at each call unless `unpacked` holds it."""
-        if self._held is not None:
-            return self._held
-        zero = torch.full_like(self.scale, 8, dtype=torch.uint8) if self.zero is None else self.zero
-        return dequantize(Int4Weight(unpack(self.codes), self.scale, zero))
+        return dequantize(self.quantized) if self._held is None else self._held
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
         """Dequantize, multiply."""
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Shape and grouping, for print(model)."""
-        group_size = self.in_features // self.scale.shape[1]
-        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={group_size}"
+        """Shape, bits and grouping, for print(model)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}"
+        )
 
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Hold the float matrix of every 4-bit layer inside the `with`: same numbers, float's speed, float's memory."""
-    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    """Hold the float matrix of every quantized layer inside the `with`: same numbers, float's speed, float's memory."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     try:
         for layer in layers:
             layer._held = layer.weight

@@ -1,7 +1,9 @@
-"""The Quantize step: every projection of every block to 4 bits, by GPTQ or to nearest."""
+"""The Quantize step: projections of blocks to few bits, by GPTQ or to nearest."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,27 +15,37 @@ from ..errors import CalibrationError
 from ..model import blocks, family_of, linears, surrogate_linears, walk
 from ..names import check_choice
 from ..step import Context, Record, Stage
+from .allocate import allocate_bits
 from .gptq import DAMPING, gptq, output_error
-from .int4 import GROUP_SIZES, Int4Weight, check_group_size, check_weight, dequantize, quantize
-from .linear import Int4Linear
+from .groups import BITS, GROUP_SIZES, GroupWeight, check_group_size, check_weight, dequantize, quantize
+from .linear import QuantizedLinear
 
 Solver = Literal["gptq", "nearest"]
+KEEP = 16
+"""In `bits_of`, as it is."""
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store the blocks' projections and `narrow` surrogates in 4 bits by group; all else keeps its precision.
+    """Store the blocks' projections and `narrow` surrogates in few bits by group; all else keeps its precision.
 
     GPTQ goes block by block. Each projection is quantized for the inputs that it really gets: from the blocks before it
-    as they are by then, 4-bit ones, and at the budget the model is set to, so a gated branch counts only the tokens
+    as they are by then, quantized ones, and at the budget the model is set to, so a gated branch counts only the tokens
     that run it, and a surrogate those that skip.
 
     Args:
-        bits: 4.
+        bits: 3, 4 or 8.
         group_size: Weights of a row that share a scale: 32, 64 or 128.
         symmetric: No zero points: slightly less disk, slightly more error.
-        solver: `gptq`, or round to `nearest`, which looks at no text.
-        order: GPTQ quantizes the columns with the largest inputs first.
+        solver: `gptq`, or round to `nearest`, which looks at no text unless it clips.
+        order: GPTQ takes groups, and columns inside them, with the largest inputs first.
+        clip: Search each group's range, from all of it down to six tenths, for the least squared error, where a
+            column counts as much as the inputs it meets in the text.
+        bits_of: Other bits for projections whose full names a regular expression is found in; 16 leaves them as they
+            are. The first that is found counts.
+        mean_bits: Mean over all weights, from 3 to 8: each projection gets 3, 4 or 8 bits by how much its rounding
+            moves the loss on calibration text. `bits` then counts for nothing, `bits_of` still does.
+        short_groups: A row's last group may be shorter, where `group_size` does not divide it.
 
     Raises:
         ValueError: A field is out of its range, or `group_size` does not divide a projection's width.
@@ -42,94 +54,137 @@ class Quantize:
     name: ClassVar[str] = "quantize"
     stage: ClassVar[Stage] = Stage.QUANTIZE
 
-    bits: Literal[4] = 4
+    bits: Literal[3, 4, 8] = 4
     group_size: int = 64
     symmetric: bool = False
     solver: Solver = "gptq"
-    order: bool = False
+    order: bool = True
+    clip: bool = True
+    bits_of: Mapping[str, int] = field(default_factory=dict, hash=False)
+    mean_bits: float | None = None
+    short_groups: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits != 4:
-            raise ValueError(f"bits {self.bits} must be 4")
+        check_choice("bits", self.bits, BITS)
         check_choice("group_size", self.group_size, GROUP_SIZES)
         check_choice("solver", self.solver, get_args(Solver))
-        if self.order and self.solver != "gptq":
-            raise ValueError("order is GPTQ's: use solver='gptq'")
+        for pattern, bits in self.bits_of.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"bits_of {pattern!r} is no regular expression: {error}") from None
+            check_choice(f"bits_of {pattern!r}", bits, (*BITS, KEEP))
+        if self.mean_bits is not None and not min(BITS) <= self.mean_bits <= max(BITS):
+            raise ValueError(f"mean_bits {self.mean_bits} must be from {min(BITS)} to {max(BITS)}")
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
-        """Replace the projections in place; the record keeps their errors."""
-        found = _found(model)
+        """Replace the projections in place; the record keeps their errors, and their bits where they differ."""
+        found = self._found(model)
         for name, linear in found.items():  # before the first one is replaced
-            check_group_size(self.group_size, linear.in_features)
             try:
+                check_group_size(self.group_size, linear.in_features, short=self.short_groups)
                 check_weight(linear.weight.data)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        if len(context.calibration) == 0 and (self._reads_text or self.mean_bits is not None):
+            raise CalibrationError(
+                "GPTQ, clip and mean_bits need at least one window of text; without, use solver='nearest', clip=False"
+            )
+        bits = {name: self.bits if own is None else own for name, own in self._own(found).items()}
+        if self.mean_bits is not None:
+            bits = allocate_bits(
+                model,
+                found,
+                {name: own for name, own in self._own(found).items() if own is not None},
+                self.mean_bits,
+                partial(quantize, group_size=self.group_size, symmetric=self.symmetric),
+                context,
+            )
         notes: dict[str, dict[str, float]] = {}
-        if self.solver == "nearest":
+        if not self._reads_text:
             for name, linear in context.track(list(found.items()), "quantize"):
-                self._replace(model, name, linear, quantize(linear.weight.data, self.group_size, self.symmetric), notes)
+                weight = quantize(linear.weight.data, bits[name], self.group_size, self.symmetric)
+                self._replace(model, name, linear, weight, notes)
         else:
-            if len(context.calibration) == 0:
-                raise CalibrationError("GPTQ needs at least one window of text; use solver='nearest' without")
             by_block: dict[int, dict[str, nn.Linear]] = {}
             for name, linear in found.items():
                 by_block.setdefault(_block_of(name), {})[name] = linear
 
             def visit(index: int, run: Callable[[], None]) -> None:
-                self._solve(model, index, by_block.get(index, {}), run, notes)
+                self._solve(model, index, by_block.get(index, {}), bits, run, notes)
 
             walk(model, context.calibration, visit, context.track)
-        return _summary(notes)
+        return _summary(notes, found, bits)
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
-        """Put empty 4-bit layers where projections are."""
-        del record
-        for name, linear in _found(model).items():
+        """Put empty layers of few bits where projections are."""
+        bits: dict[str, int] = record.get("bits", {})
+        for name, linear in self._found(model).items():
             with torch.device(linear.weight.device):
-                model.set_submodule(name, Int4Linear.like(linear, self.group_size, self.symmetric))
+                empty = QuantizedLinear.like(linear, bits.get(name, self.bits), self.group_size, self.symmetric)
+                model.set_submodule(name, empty)
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether a projection's inputs matter for how it is rounded."""
+        return self.solver == "gptq" or self.clip
+
+    def _found(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        """What is quantized."""
+        found = {**linears(model), **surrogate_linears(model)}
+        own = self._own(found)
+        return {name: linear for name, linear in found.items() if own[name] != KEEP}
+
+    def _own(self, found: dict[str, nn.Linear]) -> dict[str, int | None]:
+        """Bits that `bits_of` asks for, None where it asks for none."""
+        return {
+            name: next((bits for pattern, bits in self.bits_of.items() if re.search(pattern, name)), None)
+            for name in found
+        }
 
     def _solve(
         self,
         model: PreTrainedModel,
         index: int,
         found: dict[str, nn.Linear],
+        bits: dict[str, int],
         run: Callable[[], None],
         notes: dict[str, dict[str, float]],
     ) -> None:
-        """GPTQ of one block's projections, in place."""
-        hessians = {name: _Inputs(linear) for name, linear in found.items()}
-        family, handles = family_of(model), []
-        for name, inputs in hessians.items():
-            if family.layout.fused is not None and name.endswith(f".{family.layout.fused}"):
-                # queries, keys and values of some tokens are read out of its weight; all tokens need keys and values
-                norm = getattr(blocks(model)[index], str(family.attention.norm))
-                handles.append(norm.register_forward_hook(partial(_see_output, inputs)))
-            else:
-                handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_see, inputs)))
-        try:
+        """Quantize one block's projections for their inputs, in place; those with the same inputs are one matrix."""
+        with _inputs(model, index, found) as seen:
             run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, linear in found.items():
-            seen = hessians.pop(name)
-            weight, damping = gptq(linear.weight.data, seen.hessian, self.group_size, self.symmetric, order=self.order)
-            missed = output_error(linear.weight.data, dequantize(weight), seen.hessian)
-            self._replace(model, name, linear, weight, notes)
-            notes[name] |= {"output_error": missed, "damping": damping, "tokens": seen.tokens}
+        while seen:
+            name, inputs = next(iter(seen.items()))
+            alike = [other for other in seen if bits[other] == bits[name] and inputs.same_as(seen[other])]
+            stacked = torch.cat([found[other].weight.data for other in alike])
+            weight, damping = self._rounded(stacked, inputs, bits[name])
+            parts = zip(*(t.split([found[n].out_features for n in alike]) for t in _parts(weight)), strict=True)
+            for other, (codes, scale, zero) in zip(alike, parts, strict=True):
+                own = replace(weight, codes=codes, scale=scale, zero=zero)
+                missed = output_error(found[other].weight.data, dequantize(own), inputs.hessian)
+                self._replace(model, other, found[other], own, notes)
+                notes[other] |= {"output_error": missed, "damping": damping, "tokens": inputs.tokens}
+                del seen[other]
+
+    def _rounded(self, weight: Tensor, inputs: "_Inputs", bits: int) -> tuple[GroupWeight, float]:
+        """A matrix in few bits, and the damping that was needed."""
+        if self.solver == "gptq":
+            return gptq(weight, inputs.hessian, bits, self.group_size, self.symmetric, order=self.order, clip=self.clip)
+        active = inputs.hessian.diagonal() if inputs.tokens else None
+        return quantize(weight, bits, self.group_size, self.symmetric, clip=self.clip, importance=active), DAMPING
 
     def _replace(
         self,
         model: PreTrainedModel,
         name: str,
         linear: nn.Linear,
-        weight: Int4Weight,
+        weight: GroupWeight,
         notes: dict[str, dict[str, float]],
     ) -> None:
         original = linear.weight.data
         notes[name] = {"relative_error": float((dequantize(weight) - original).norm() / original.norm())}
-        replacement = Int4Linear.like(linear, self.group_size, self.symmetric)
+        replacement = QuantizedLinear.like(linear, weight.bits, weight.group_size, self.symmetric)
         replacement.load(weight, linear.bias)
         model.set_submodule(name, replacement)
 
@@ -141,19 +196,49 @@ class _Inputs:
         self.hessian = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
         self.tokens = 0
 
-
-def _see(inputs: _Inputs, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    x = args[0].flatten(0, -2).float()
-    inputs.hessian.addmm_(x.T, x)
-    inputs.tokens += len(x)
+    def same_as(self, other: "_Inputs") -> bool:
+        """Whether both saw the same."""
+        return self.tokens == other.tokens and torch.equal(self.hessian, other.hessian)
 
 
-def _see_output(inputs: _Inputs, module: nn.Module, _args: object, out: Tensor) -> None:
-    _see(inputs, module, (out,))
+class _Moments:
+    """Second moments of a call's inputs, computed once for projections that share them."""
+
+    def __init__(self) -> None:
+        self.of: Tensor | None = None
+        self.last = torch.empty(0)
+
+    def add(self, inputs: _Inputs, x: Tensor) -> None:
+        """To what a projection has seen so far, in place."""
+        rows = x.flatten(0, -2).float()
+        if x is not self.of:
+            self.of, self.last = x, rows.T @ rows
+        inputs.hessian += self.last
+        inputs.tokens += len(rows)
 
 
-def _found(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    return {**linears(model), **surrogate_linears(model)}
+@contextmanager
+def _inputs(model: PreTrainedModel, index: int, found: dict[str, nn.Linear]) -> Iterator[dict[str, _Inputs]]:
+    """What the projections of a block see inside the `with`."""
+    seen = {name: _Inputs(linear) for name, linear in found.items()}
+    family, handles, moments = family_of(model), [], _Moments()
+    for name, inputs in seen.items():
+        if family.layout.fused is not None and name.endswith(f".{family.layout.fused}"):
+            # queries, keys and values of some tokens are read out of its weight; all tokens need keys and values
+            norm = getattr(blocks(model)[index], str(family.attention.norm))
+            handles.append(norm.register_forward_hook(lambda _m, _a, out, to=inputs: moments.add(to, out)))
+        else:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _m, args, to=inputs: moments.add(to, args[0])))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parts(weight: GroupWeight) -> tuple[Tensor, Tensor, Tensor]:
+    return weight.codes, weight.scale, weight.zero
 
 
 def _block_of(name: str) -> int:
@@ -161,13 +246,19 @@ def _block_of(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _summary(notes: dict[str, dict[str, float]]) -> Record:
+def _summary(notes: dict[str, dict[str, float]], found: dict[str, nn.Linear], bits: dict[str, int]) -> Record:
     def mean(key: str) -> float:
         return sum(note[key] for note in notes.values()) / len(notes)
 
-    worst = max(notes, key=lambda name: notes[name]["relative_error"])
+    sizes = {name: linear.weight.numel() for name, linear in found.items()}
     record: dict[str, Any] = {
         "quantized": len(notes),
+        "mean_bits": sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values()),
+    }
+    if len(set(bits.values())) > 1:
+        record["bits"] = bits
+    worst = max(notes, key=lambda name: notes[name]["relative_error"])
+    record |= {
         "mean_relative_error": mean("relative_error"),
         "worst_relative_error": notes[worst]["relative_error"],
         "worst": worst,
