@@ -62,6 +62,11 @@ class Manifest:
         """Whether plain transformers cannot load the model without us."""
         return any(transform.stage != Stage.PRUNE for transform in self.transforms)
 
+    @property
+    def imported(self) -> bool:
+        """Whether the model came quantized out of another library, and nothing was done to it since."""
+        return len(self.steps) == 1 and "imported" in self.steps[0]["record"]
+
     def to_json(self) -> dict[str, Any]:
         """The JSON part."""
         return {"steps": self.steps, "original": self.original, "measured": self.measured}

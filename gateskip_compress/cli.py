@@ -74,6 +74,22 @@ def _track(progress: Any, items: Any, description: Any, total: int | None) -> An
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    form: Annotated[str, typer.Option("--format", help="gptq or compressed-tensors.")] = "gptq",
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out what the format cannot hold.")] = False,
+) -> None:
+    """Write a quantized model so that other libraries load it."""
+    from .formats import export as write
+    from .source import load
+
+    for lost in write(load(model)[0], out, form, drop=drop):
+        problems.print(f"left out: {lost}", style="yellow")
+    console.print(f"Model: {out}", soft_wrap=True)
+
+
+@app.command()
 def plan(recipe: Path, overrides: Overrides = None, as_json: Json = False) -> None:
     """Say what a recipe would do, with its memory and time, without doing it."""
     from .plan import plan_recipe

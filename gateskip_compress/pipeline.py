@@ -113,21 +113,29 @@ class Pipeline:
 
 def start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
     """Attach an empty manifest to a model that is to be compressed, in place; facts of the original go into it."""
-    if manifest_of(model) is not None:
+    manifest = manifest_of(model)
+    if manifest is not None and not manifest.imported:
         raise UnsupportedModel("this model is compressed already; start from the original")
     drop_gguf(model)
+    model.eval()
+    if manifest is not None:  # read from another library's checkpoint: what it was is all that is known
+        manifest.tokenizer = tokenizer
+        return
     if getattr(model, "hf_quantizer", None) is not None:
         method = model.hf_quantizer.quantization_config.quant_method
         raise UnsupportedModel(f"this model is quantized by {method}; start from float weights")
-    model.eval()
+    attach(model, Manifest(original=facts(model, source or model.config._name_or_path), tokenizer=tokenizer))
+
+
+def facts(model: PreTrainedModel, source: str) -> dict[str, Any]:
+    """What a manifest says of the original."""
     linear = ungated_macs_per_token(model, 0)
-    original = {
-        "source": source or model.config._name_or_path,
+    return {
+        "source": source,
         "parameters": model.num_parameters(),
         "linear_macs_per_token": linear,
         "attention_macs_per_token_and_key": ungated_macs_per_token(model, 1) - linear,
     }
-    attach(model, Manifest(original=original, tokenizer=tokenizer))
 
 
 def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:

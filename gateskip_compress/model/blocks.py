@@ -202,7 +202,8 @@ def gated_mlp(model: PreTrainedModel, layer: int) -> GatedMlp:
     branch = branches(model)[1]
     mlp = getattr(blocks(model)[layer], branch.body[0])
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, nn.Linear) and part.bias is None for part in parts) or not hasattr(mlp, "act_fn"):
+    plain = all(part is not None and hasattr(part, "weight") and part.bias is None for part in parts)
+    if not plain or not hasattr(mlp, "act_fn"):
         raise UnsupportedModel(
             f"the MLP of block {layer} of this {model.config.model_type} model has no gate_proj, up_proj and down_proj "
             "without biases: use surrogate='lowrank'"

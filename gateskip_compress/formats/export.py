@@ -1,0 +1,171 @@
+"""Write a compressed model so that libraries without ours can load it, or say what that would lose."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint import manifest_of
+from ..errors import CheckpointError, UnsupportedModel
+from ..names import check_choice
+from ..quantization.linear import QuantizedLinear
+from . import compressed_tensors, gptq
+
+FORMATS = ("gptq", "compressed-tensors")
+
+
+def losses(model: PreTrainedModel) -> list[str]:
+    """What a compressed model has that no foreign format holds, in words."""
+    manifest = manifest_of(model)
+    found = []
+    for step in [] if manifest is None else manifest.steps:
+        if step["name"] == "gateskip":
+            kind = step["settings"].get("kind", "effect")
+            scales = "" if kind == "effect" else f", and the scales that {kind} gates give to outputs"
+            found.append(f"gates and surrogates: every token runs every branch{scales}")
+        if step["name"] == "self_speculation":
+            found.append("self-speculation: it drafts with the gates")
+    return found
+
+
+def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *, drop: bool = False) -> list[str]:
+    """Write a model whose projections are quantized in a format of other libraries, whole or not at all.
+
+    Args:
+        model: Quantized by a `Quantize` step.
+        folder: New or empty.
+        form: `gptq`, which transformers with GPTQModel, vLLM and others load, or `compressed-tensors`.
+        drop: Write it although something is lost.
+
+    Returns:
+        What was lost.
+
+    Raises:
+        UnsupportedModel: the model is not quantized, something would be lost and `drop` is not set, or the format
+            cannot hold these bits or groups.
+        CheckpointError: the folder is not empty.
+    """
+    check_choice("format", form, FORMATS)
+    lost = losses(model)
+    if lost and not drop:
+        raise UnsupportedModel(f"a checkpoint in the format {form} would lose {'; '.join(lost)}; drop=True writes it")
+    gates = [name for name, module in model.named_modules() if name.endswith(".gates") and len(list(module.children()))]
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and not any(name.startswith(f"{gate}.") for gate in gates)
+    }
+    if not layers:
+        raise UnsupportedModel("this model is not quantized: put a Quantize step into its pipeline first")
+    tensors = _plain(model, gates, layers)
+    write = _gptq if form == "gptq" else _compressed
+    config = write(model, layers, gates, tensors)
+    _save(model, Path(folder), tensors, config)
+    return lost
+
+
+def _plain(model: PreTrainedModel, gates: list[str], layers: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Every tensor that is neither a gate's nor quantized; of tied ones the first."""
+    inside = tuple(f"{gate}." for gate in gates)
+    parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero")}
+    found, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(inside) or name in parts or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        found[name] = tensor.contiguous()
+    return found
+
+
+def _gptq(
+    model: PreTrainedModel, layers: dict[str, QuantizedLinear], gates: list[str], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Add the layers' tensors; the config."""
+    left = _left_float(model, gates, layers)
+    if left:
+        raise UnsupportedModel(f"the format gptq needs every projection quantized, and {left[0]} is not")
+    bits, sizes, symmetric = _settings(layers)
+    if len(bits) > 1 or not bits <= set(gptq.BITS):
+        raise UnsupportedModel(
+            f"the format gptq holds one of {', '.join(map(str, gptq.BITS))} bits for all projections, and these have "
+            f"{', '.join(map(str, sorted(bits)))}; use compressed-tensors"
+        )
+    for name, layer in layers.items():
+        if layer.out_features * layer.bits % 32:
+            raise UnsupportedModel(f"the format gptq packs outputs by words, and {name} has {layer.out_features}")
+        parts = gptq.to_gptq(layer.quantized, symmetric)
+        if not torch.isfinite(parts["scales"]).all():
+            raise UnsupportedModel(f"scales of {name} are beyond float16, which the format gptq stores")
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return gptq.config_of(bits.pop(), sizes.pop(), symmetric)
+
+
+def _compressed(
+    model: PreTrainedModel, layers: dict[str, QuantizedLinear], gates: list[str], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Add the layers' tensors; the config."""
+    _, (size,), symmetric = _settings(layers)
+    if not symmetric:
+        raise UnsupportedModel("compressed-tensors' zero points cannot be loaded by transformers: use symmetric=True")
+    for name, layer in layers.items():
+        if layer.in_features % size:
+            raise UnsupportedModel(
+                f"compressed-tensors has no shorter last groups, and {name} has one: {layer.in_features} / {size}"
+            )
+        tensors |= {f"{name}.{part}": t for part, t in compressed_tensors.to_compressed(layer.quantized).items()}
+    ignored = [*_left_float(model, gates, layers), "lm_head"]
+    return compressed_tensors.config_of({n: layer.bits for n, layer in layers.items()}, ignored, size)
+
+
+def _settings(layers: dict[str, QuantizedLinear]) -> tuple[set[int], set[int], bool]:
+    """Bits and group sizes that there are, and whether zero points are fixed."""
+    first = next(iter(layers.values()))
+    return (
+        {layer.bits for layer in layers.values()},
+        {layer.group_size for layer in layers.values()},
+        first.zero is None,
+    )
+
+
+def _left_float(model: PreTrainedModel, gates: list[str], layers: dict[str, QuantizedLinear]) -> list[str]:
+    """Projections in blocks that are not quantized."""
+    blocks = {name.rsplit(".", 2)[0] for name in layers}
+    inside = tuple(f"{gate}." for gate in gates)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 2)[0] in blocks and not name.startswith(inside)
+    ]
+
+
+def _save(model: PreTrainedModel, target: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """The folder, through a hidden one beside it."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+        described = model.config.to_dict()
+        described |= {"quantization_config": config, "architectures": [type(model).__name__]}
+        (fresh / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
+        if config["quant_method"] == "gptq":
+            (fresh / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(fresh)
+        manifest = manifest_of(model)
+        if manifest is not None and manifest.tokenizer is not None:
+            manifest.tokenizer.save_pretrained(fresh)
+        fresh.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            target.rmdir()
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
