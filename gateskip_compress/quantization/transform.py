@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -18,7 +18,7 @@ from ..step import Context, Record, Stage
 from .allocate import allocate_bits
 from .gptq import DAMPING, gptq, output_error
 from .groups import BITS, GROUP_SIZES, GroupWeight, check_group_size, check_weight, dequantize, quantize
-from .linear import QuantizedLinear
+from .linear import QuantizedLinear, unpacked
 
 Solver = Literal["gptq", "nearest"]
 KEEP = 16
@@ -110,10 +110,14 @@ class Quantize:
             for name, linear in found.items():
                 by_block.setdefault(_block_of(name), {})[name] = linear
 
-            def visit(index: int, run: Callable[[], None]) -> None:
-                self._solve(model, index, by_block.get(index, {}), bits, run, notes)
+            with ExitStack() as held:  # float matrices of the block at work, or each window would write them out anew
 
-            walk(model, context.calibration, visit, context.track)
+                def visit(index: int, run: Callable[[], None]) -> None:
+                    held.close()
+                    self._solve(model, index, by_block.get(index, {}), bits, run, notes)
+                    held.enter_context(unpacked(blocks(model)[index]))
+
+                walk(model, context.calibration, visit, context.track)
         return _summary(notes, found, bits)
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
