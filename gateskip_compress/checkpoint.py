@@ -160,7 +160,8 @@ def card(manifest: Manifest) -> str:
             "Load it with `import gateskip_compress` and then `AutoModelForCausalLM.from_pretrained(folder)`.",
         ]
         lines += [
-            "Plain transformers, vLLM and GPTQModel cannot load it: gates and 4-bit codes are this package's own."
+            "Plain transformers, vLLM and GPTQModel cannot load it: gates and codes are this package's own. "
+            "`gateskip export` writes what they can load."
         ]
     else:
         lines += ["", "A plain model: transformers loads it without this package."]

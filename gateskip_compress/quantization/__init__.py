@@ -1,1 +1,1 @@
-"""4-bit weights by group: `int4` and `gptq` hold the numerics, `linear` the module, `transform` the Quantize step."""
+"""Weights in few bits by group: numerics in `groups`, `gptq`, `allocate`, the module in `linear`, the step in `transform`."""
