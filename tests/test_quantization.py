@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny_models import CALIBRATION, compress, tiny, tokens
 
 import gateskip_compress as g
+from gateskip_compress.formats import export
 from gateskip_compress.model import blocks, linears
 from gateskip_compress.precision import quick_products
 from gateskip_compress.quantization.allocate import allocate_bits
@@ -261,6 +262,24 @@ def test_measured_bits_go_where_rounding_moves_the_loss_most():
     bits = allocate_bits(model, found, {}, 4.0, partial(quantize, group_size=32, symmetric=False), Context(CALIBRATION))
     assert bits[quiet] == 3
     assert max(bits.values()) > 3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_tabled_codes_stand_for_what_bitsandbytes_says(kind, tmp_path):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model, original = compress(tiny(), g.Quantize(solver=kind, group_size=64)), tiny()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            packed, state = quantize_4bit(original.get_submodule(name).weight.data, blocksize=64, quant_type=kind)
+            torch.testing.assert_close(module.weight, dequantize_4bit(packed, state))
+    model.save_pretrained(tmp_path / "model")
+    ids = tokens(1, 8)
+    assert torch.equal(g.load(str(tmp_path / "model"))[0](ids).logits, model(ids).logits)
+    with pytest.raises(g.UnsupportedModel, match="no NF4 or FP4"):
+        export(model, tmp_path / "out", "gptq")
+    with pytest.raises(ValueError, match=r"'nf4' has 4 bits"):
+        g.Quantize(solver="nf4", mean_bits=5)
 
 
 def test_gptq_quantizes_every_family(family):

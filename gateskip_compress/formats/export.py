@@ -64,6 +64,8 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
     }
     if not layers:
         raise UnsupportedModel("this model is not quantized: put a Quantize step into its pipeline first")
+    if any(layer.levels is not None for layer in layers.values()):
+        raise UnsupportedModel(f"the format {form} has no NF4 or FP4: use solver='gptq' or 'nearest'")
     tensors = _plain(model, gates, layers)
     write = _gptq if form == "gptq" else _compressed
     config = write(model, layers, gates, tensors)
@@ -74,7 +76,7 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
 def _plain(model: PreTrainedModel, gates: list[str], layers: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Every tensor that is neither a gate's nor quantized; of tied ones the first."""
     inside = tuple(f"{gate}." for gate in gates)
-    parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero")}
+    parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero", "levels")}
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if name.startswith(inside) or name in parts or tensor.data_ptr() in seen:

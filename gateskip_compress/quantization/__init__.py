@@ -1,1 +1,1 @@
-"""Weights in few bits by group: numerics in `groups`, `gptq`, `allocate`, the module in `linear`, the step in `transform`."""
+"""Weights in few bits: numerics in `groups`, `gptq` and `allocate`, the layer in `linear`, the step in `transform`."""

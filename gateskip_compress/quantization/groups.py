@@ -7,6 +7,8 @@ and codes q in 0..n, n = 2^bits - 1,
     symmetric:   zero = (n + 1) / 2            scale = 2 max|w| / n
     asymmetric:  zero = round(-min(w) / scale) scale = (max(w) - min(w)) / n     the range always contains 0
 
+With a table of 16 levels in -1..1, as NF4 (arXiv 2305.14314) and FP4 have it, w ≈ level[q] * scale, scale = max|w|.
+
 Rounding is to nearest. Clipping shrinks a group's range where that lowers its squared error: the few largest weights
 lose, all others gain.
 """
@@ -17,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from ..errors import UnsupportedModel
 
 GROUP_SIZES = (32, 64, 128)
 BITS = (3, 4, 8)
@@ -34,6 +38,7 @@ class GroupWeight:
         zero: Code of each group that stands for 0; all the middle one when symmetric.
         bits: Of a code.
         group_size: Weights of a group.
+        levels: What codes stand for, times the scale; None is the equations above.
     """
 
     codes: UInt8[Tensor, "o d"]
@@ -41,6 +46,7 @@ class GroupWeight:
     zero: UInt8[Tensor, "o g"]
     bits: int
     group_size: int
+    levels: Float[Tensor, " n"] | None = None
 
 
 def quantize(
@@ -69,6 +75,33 @@ def quantize(
     scale, zero = scale_and_zero(weight, bits, group_size, symmetric, weight.dtype, clip=clip, importance=importance)
     at, around = (spread(part.float(), group_size, weight.shape[1]) for part in (scale, zero))
     return GroupWeight(encode(weight.float(), at, around, bits), scale, zero.to(torch.uint8), bits, group_size)
+
+
+def tabled(weight: Float[Tensor, "o d"], kind: str, group_size: int) -> GroupWeight:
+    """Round a matrix to NF4 or FP4 by bitsandbytes.
+
+    Args:
+        weight: Finite values.
+        kind: `nf4` or `fp4`.
+        group_size: Divides d.
+
+    Raises:
+        UnsupportedModel: bitsandbytes is not installed.
+        ValueError: the weight has NaN or infinite values.
+    """
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        mend = "pip install 'gateskip-compress[quant]'"
+        raise UnsupportedModel(f"solver={kind!r} needs bitsandbytes ({error}): {mend}") from None
+    check_weight(weight)
+    packed, state = quantize_4bit(weight.float().contiguous(), blocksize=group_size, quant_type=kind)
+    assert state.code is not None
+    pairs = packed.flatten()  # the first of two in the high half, rows end to end
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(weight.shape)
+    scale = state.absmax.view(len(weight), -1).to(weight.dtype)
+    zero = torch.zeros_like(scale, dtype=torch.uint8)
+    return GroupWeight(codes, scale, zero, 4, group_size, state.code.to(weight.dtype))
 
 
 def scale_and_zero(
@@ -142,8 +175,11 @@ def check_weight(weight: Tensor) -> None:
 
 def dequantize(weight: GroupWeight) -> Float[Tensor, "o d"]:
     """The matrix that the codes stand for, in the dtype of the scales."""
-    groups = _by_group(weight.codes, weight.group_size).to(weight.scale.dtype)
-    centred = groups - weight.zero.to(weight.scale.dtype)[..., None]
+    groups = _by_group(weight.codes, weight.group_size)
+    if weight.levels is not None:
+        centred = weight.levels[groups.long()]
+    else:
+        centred = groups.to(weight.scale.dtype) - weight.zero.to(weight.scale.dtype)[..., None]
     return (centred * weight.scale[..., None]).flatten(1)[:, : weight.codes.shape[1]]
 
 

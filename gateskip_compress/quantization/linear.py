@@ -23,6 +23,7 @@ class QuantizedLinear(nn.Module):
         bits: Of a code: 3, 4 or 8.
         group_size: Weights that share a scale.
         symmetric: No zero points.
+        tabled: Codes are places in a table of levels, which the layer holds.
         bias: Whether there is a bias.
         dtype: Of scales and bias, and so of the products.
     """
@@ -37,6 +38,7 @@ class QuantizedLinear(nn.Module):
         *,
         bias: bool,
         dtype: torch.dtype,
+        tabled: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -44,12 +46,15 @@ class QuantizedLinear(nn.Module):
         groups = -(-in_features // group_size)
         self.codes = nn.Buffer(torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
         self.scale = nn.Buffer(torch.zeros(out_features, groups, dtype=dtype))
-        self.zero = None if symmetric else nn.Buffer(torch.zeros(out_features, groups, dtype=torch.uint8))
+        self.levels = nn.Buffer(torch.zeros(2**bits, dtype=dtype)) if tabled else None
+        self.zero = None if symmetric or tabled else nn.Buffer(torch.zeros(out_features, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._held: Tensor | None = None
 
     @classmethod
-    def like(cls, linear: nn.Linear, bits: int, group_size: int, symmetric: bool) -> "QuantizedLinear":
+    def like(
+        cls, linear: nn.Linear, bits: int, group_size: int, symmetric: bool, *, tabled: bool = False
+    ) -> "QuantizedLinear":
         """An empty layer of a linear's shape, dtype and device."""
         empty = cls(
             linear.in_features,
@@ -59,6 +64,7 @@ class QuantizedLinear(nn.Module):
             symmetric,
             bias=linear.bias is not None,
             dtype=linear.weight.dtype,
+            tabled=tabled,
         )
         return empty.to(linear.weight.device)
 
@@ -66,6 +72,8 @@ class QuantizedLinear(nn.Module):
         """Take over a quantized weight, in place."""
         self.codes.copy_(pack(weight.codes, self.bits))
         self.scale.copy_(weight.scale)
+        if self.levels is not None and weight.levels is not None:
+            self.levels.copy_(weight.levels)
         if self.zero is not None:
             self.zero.copy_(weight.zero)
         if self.bias is not None and bias is not None:
@@ -76,7 +84,7 @@ class QuantizedLinear(nn.Module):
         """Codes, scales and zero points as one value."""
         middle = 2 ** (self.bits - 1)
         zero = torch.full_like(self.scale, middle, dtype=torch.uint8) if self.zero is None else self.zero
-        return GroupWeight(unpack(self.codes, self.bits), self.scale, zero, self.bits, self.group_size)
+        return GroupWeight(unpack(self.codes, self.bits), self.scale, zero, self.bits, self.group_size, self.levels)
 
     @property
     def weight(self) -> Float[Tensor, "o d"]:

@@ -17,10 +17,11 @@ from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import allocate_bits
 from .gptq import DAMPING, gptq, output_error
-from .groups import BITS, GROUP_SIZES, GroupWeight, check_group_size, check_weight, dequantize, quantize
+from .groups import BITS, GROUP_SIZES, GroupWeight, check_group_size, check_weight, dequantize, quantize, tabled
 from .linear import QuantizedLinear, unpacked
 
-Solver = Literal["gptq", "nearest"]
+Solver = Literal["gptq", "nearest", "nf4", "fp4"]
+TABLED = ("nf4", "fp4")
 KEEP = 16
 """In `bits_of`, as it is."""
 
@@ -37,7 +38,8 @@ class Quantize:
         bits: 3, 4 or 8.
         group_size: Weights of a row that share a scale: 32, 64 or 128.
         symmetric: No zero points: slightly less disk, slightly more error.
-        solver: `gptq`, or round to `nearest`, which looks at no text unless it clips.
+        solver: `gptq`, or round to `nearest`, which looks at no text unless it clips; or `nf4` and `fp4` by
+            bitsandbytes, whose 16 levels are not evenly spaced, with no zero points.
         order: GPTQ takes groups, and columns inside them, with the largest inputs first.
         clip: Search each group's range, from all of it down to six tenths, for the least squared error, where a
             column counts as much as the inputs it meets in the text.
@@ -74,6 +76,10 @@ class Quantize:
             except re.error as error:
                 raise ValueError(f"bits_of {pattern!r} is no regular expression: {error}") from None
             check_choice(f"bits_of {pattern!r}", bits, (*BITS, KEEP))
+        if self.solver in TABLED and (
+            self.bits != 4 or self.mean_bits is not None or set(self.bits_of.values()) - {4, KEEP}
+        ):
+            raise ValueError(f"solver {self.solver!r} has 4 bits: leave bits, bits_of and mean_bits, or choose another")
         if self.mean_bits is not None and not min(BITS) <= self.mean_bits <= max(BITS):
             raise ValueError(f"mean_bits {self.mean_bits} must be from {min(BITS)} to {max(BITS)}")
 
@@ -82,7 +88,9 @@ class Quantize:
         found = self._found(model)
         for name, linear in found.items():  # before the first one is replaced
             try:
-                check_group_size(self.group_size, linear.in_features, short=self.short_groups)
+                check_group_size(
+                    self.group_size, linear.in_features, short=self.short_groups and self.solver not in TABLED
+                )
                 check_weight(linear.weight.data)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -103,7 +111,10 @@ class Quantize:
         notes: dict[str, dict[str, float]] = {}
         if not self._reads_text:
             for name, linear in context.track(list(found.items()), "quantize"):
-                weight = quantize(linear.weight.data, bits[name], self.group_size, self.symmetric)
+                if self.solver in TABLED:
+                    weight = tabled(linear.weight.data, self.solver, self.group_size)
+                else:
+                    weight = quantize(linear.weight.data, bits[name], self.group_size, self.symmetric)
                 self._replace(model, name, linear, weight, notes)
         else:
             by_block: dict[int, dict[str, nn.Linear]] = {}
@@ -125,13 +136,15 @@ class Quantize:
         bits: dict[str, int] = record.get("bits", {})
         for name, linear in self._found(model).items():
             with torch.device(linear.weight.device):
-                empty = QuantizedLinear.like(linear, bits.get(name, self.bits), self.group_size, self.symmetric)
+                empty = QuantizedLinear.like(
+                    linear, bits.get(name, self.bits), self.group_size, self.symmetric, tabled=self.solver in TABLED
+                )
                 model.set_submodule(name, empty)
 
     @property
     def _reads_text(self) -> bool:
         """Whether a projection's inputs matter for how it is rounded."""
-        return self.solver == "gptq" or self.clip
+        return self.solver == "gptq" or (self.solver == "nearest" and self.clip)
 
     def _found(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
         """What is quantized."""
@@ -188,7 +201,9 @@ class Quantize:
     ) -> None:
         original = linear.weight.data
         notes[name] = {"relative_error": float((dequantize(weight) - original).norm() / original.norm())}
-        replacement = QuantizedLinear.like(linear, weight.bits, weight.group_size, self.symmetric)
+        replacement = QuantizedLinear.like(
+            linear, weight.bits, weight.group_size, self.symmetric, tabled=weight.levels is not None
+        )
         replacement.load(weight, linear.bias)
         model.set_submodule(name, replacement)
 
