@@ -104,7 +104,9 @@ def test_gptqmodel_loads_a_gptq_export(step, tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
 def test_what_a_format_cannot_hold_is_said_and_dropped_only_when_told(form, tmp_path):
     model = compress(tiny(), g.GateSkip(budget=0.8, surrogate="narrow"), SYMMETRIC, g.SelfSpeculation(draft_budget=0.6))
-    with pytest.raises(g.UnsupportedModel, match=r"would lose gates and surrogates.*self-speculation.*drop=True, or --drop"):
+    with pytest.raises(
+        g.UnsupportedModel, match=r"would lose gates and surrogates.*self-speculation.*drop=True, or --drop"
+    ):
         export(model, tmp_path / "out", form)
     assert list(tmp_path.iterdir()) == []
     assert len(export(model, tmp_path / "out", form, drop=True)) == 2

@@ -55,7 +55,9 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
     check_choice("format", form, FORMATS)
     lost = losses(model)
     if lost and not drop:
-        raise UnsupportedModel(f"a checkpoint in the format {form} would lose {'; '.join(lost)}; drop=True, or --drop, writes it")
+        raise UnsupportedModel(
+            f"a checkpoint in the format {form} would lose {'; '.join(lost)}; drop=True, or --drop, writes it"
+        )
     gates = [name for name, module in model.named_modules() if name.endswith(".gates") and len(list(module.children()))]
     layers = {
         name: module
