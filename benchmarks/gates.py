@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lessons import lessons_and_held_out
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -58,11 +59,9 @@ from gateskip_compress.pipeline import start
 from gateskip_compress.precision import quick_products
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
-from gateskip_compress.text import cut, documents, joined, passages, self_written
+from gateskip_compress.text import Passage, passages, self_written
 
 COUNTED_PASSAGES = 24
-HELD_OUT = 100
-"""Documents of the held-out instructions, if those have so many."""
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
 DISTILLED = g.Training(steps=120, batch=4, cross_entropy=0.3, precision="bf16")
@@ -123,11 +122,9 @@ def measure(given: argparse.Namespace) -> None:
     model, tokenizer = g.load(given.model)
     held_out, alike = {}, {}
     texts = {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
-    taught, lessons = [document for path in given.train for document in documents(path, tokenizer)], []
-    if taught:
-        lessons = joined([d for i, d in enumerate(taught) if i % 5 > 0], 256, 500_000, prompts=True)
-        unseen = taught[::5]
-        texts["instructions"] = cut(unseen[:: max(1, len(unseen) // HELD_OUT)], 512, given.tokens)
+    lessons: list[Passage] = []
+    if given.train:
+        lessons, texts["instructions"] = lessons_and_held_out(given.train, tokenizer, 256, 500_000, given.tokens)
     for name, found in texts.items():
         held_out[name], alike[name] = found[::2], [passage.ids for passage in found[1::2]]
     counted = {name: [passage.ids for passage in text[:COUNTED_PASSAGES]] for name, text in held_out.items()}

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lessons import lessons_and_held_out
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import gateskip_compress as g
 from gateskip_compress.formats.read import read_gptq
 from gateskip_compress.measure import environment
-from gateskip_compress.pipeline import drop_gguf
 from gateskip_compress.precision import quick_products
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context
-from gateskip_compress.text import Passage, cut, documents, joined, passages
+from gateskip_compress.text import Passage, passages
 
 OURS: dict[str, dict[str, Any]] = {
     "nearest": dict(solver="nearest", clip=False),
@@ -60,12 +60,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = g.load(given.gated or given.model)
-    drop_gguf(model)
-    taught = [document for path in given.train for document in documents(path, tokenizer)]
-    lessons = joined([d for i, d in enumerate(taught) if i % 5 > 0], 512, 1_000_000, prompts=True)
+    lessons, unseen = lessons_and_held_out(given.train, tokenizer, 512, 1_000_000, given.tokens)
     windows = torch.stack([passage.ids for passage in lessons[: given.windows]])
-    unseen = taught[::5]
-    texts = {"instructions": cut(unseen[:: max(1, len(unseen) // 100)], 512, given.tokens)}
+    texts = {"instructions": unseen}
     texts |= {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write = Rows(given.out, texts, windows.numel())
@@ -83,7 +80,6 @@ def main() -> None:
                     write(method, model, seconds, peak, group_size=group)
         if "GPTQModel" in given.methods:
             model, _ = g.load(given.model)
-            drop_gguf(model)
             with theirs(model, tokenizer, windows, group) as (model, seconds, peak), unpacked(model):
                 write("GPTQModel", model, seconds, peak, group_size=group)
 

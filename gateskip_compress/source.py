@@ -1,8 +1,6 @@
 """Where models come from: the embedded default, a folder, a GGUF file, a checkpoint of ours, or a hub."""
 
 import os
-import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from transformers.utils import logging
 
 from .checkpoint import MANIFEST, attach, read_manifest
 from .errors import UnsupportedModel
+from .folders import written_whole
 from .formats.read import is_gptq, read_gptq
 from .pipeline import drop_gguf
 
@@ -44,16 +43,16 @@ def load(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedT
         raise UnsupportedModel(f"no model at {source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        if is_gptq(folder):
-            model = read_gptq(folder, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-            model.gateskip.tokenizer = tokenizer
-            return model, tokenizer
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        model = None if is_gptq(folder) else AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UnsupportedModel(
             f"cannot load {source!r}: neither a folder here nor reachable on a hub ({first})"
         ) from error
+    if model is None:
+        model = read_gptq(folder, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        model.gateskip.tokenizer = tokenizer
+        return model, tokenizer
     if manifest is not None and getattr(model, "gateskip", None) is None:
         attach(model, manifest)  # a pruned model loads as a plain one
     if manifest is not None:
@@ -96,14 +95,9 @@ def _embedded() -> Path:
     if not folder.is_dir():
         file = next(Path(str(package.locate_file(f))) for f in package.files or [] if f.suffix == ".gguf")
         model, tokenizer = _load_gguf(file)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with written_whole(folder) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 

@@ -1,5 +1,3 @@
 """Checkpoints that other libraries read and write: GPTQ's (AutoGPTQ, GPTQModel) and compressed-tensors'."""
 
-from .export import FORMATS, export
-
-__all__ = ["FORMATS", "export"]
+from .export import export as export

@@ -2,23 +2,27 @@
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint import manifest_of
 from ..errors import CheckpointError, UnsupportedModel
+from ..folders import written_whole
+from ..model import linears
 from ..names import check_choice
 from ..quantization.linear import QuantizedLinear
 from . import compressed_tensors, gptq
 
+Layers = dict[str, QuantizedLinear]
+"""By name."""
 FORMATS = ("gptq", "compressed-tensors")
+_GATES = ".gates."
+"""In the names of all that belongs to gates, surrogates too."""
 
 
 def losses(model: PreTrainedModel) -> list[str]:
@@ -58,41 +62,37 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
         raise UnsupportedModel(
             f"a checkpoint in the format {form} would lose {'; '.join(lost)}; drop=True, or --drop, writes it"
         )
-    gates = [name for name, module in model.named_modules() if name.endswith(".gates") and len(list(module.children()))]
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and not any(name.startswith(f"{gate}.") for gate in gates)
+        if isinstance(module, QuantizedLinear) and _GATES not in name
     }
     if not layers:
         raise UnsupportedModel("this model is not quantized: put a Quantize step into its pipeline first")
     if any(layer.levels is not None for layer in layers.values()):
         raise UnsupportedModel(f"the format {form} has no NF4 or FP4: use solver='gptq' or 'nearest'")
-    tensors = _plain(model, gates, layers)
+    tensors = _plain(model, layers)
     write = _gptq if form == "gptq" else _compressed
-    config = write(model, layers, gates, tensors)
+    config = write(model, layers, tensors)
     _save(model, Path(folder), tensors, config)
     return lost
 
 
-def _plain(model: PreTrainedModel, gates: list[str], layers: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+def _plain(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
     """Every tensor that is neither a gate's nor quantized; of tied ones the first."""
-    inside = tuple(f"{gate}." for gate in gates)
     parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero", "levels")}
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        if name.startswith(inside) or name in parts or tensor.data_ptr() in seen:
+        if _GATES in name or name in parts or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor.contiguous()
     return found
 
 
-def _gptq(
-    model: PreTrainedModel, layers: dict[str, QuantizedLinear], gates: list[str], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
+def _gptq(model: PreTrainedModel, layers: Layers, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Add the layers' tensors; the config."""
-    left = _left_float(model, gates, layers)
+    left = list(linears(model))
     if left:
         raise UnsupportedModel(f"the format gptq needs every projection quantized, and {left[0]} is not")
     bits, sizes, symmetric = _settings(layers)
@@ -111,9 +111,7 @@ def _gptq(
     return gptq.config_of(bits.pop(), sizes.pop(), symmetric)
 
 
-def _compressed(
-    model: PreTrainedModel, layers: dict[str, QuantizedLinear], gates: list[str], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
+def _compressed(model: PreTrainedModel, layers: Layers, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Add the layers' tensors; the config."""
     _, (size,), symmetric = _settings(layers)
     if not symmetric:
@@ -124,11 +122,11 @@ def _compressed(
                 f"compressed-tensors has no shorter last groups, and {name} has one: {layer.in_features} / {size}"
             )
         tensors |= {f"{name}.{part}": t for part, t in compressed_tensors.to_compressed(layer.quantized).items()}
-    ignored = [*_left_float(model, gates, layers), "lm_head"]
+    ignored = [*linears(model), "lm_head"]
     return compressed_tensors.config_of({n: layer.bits for n, layer in layers.items()}, ignored, size)
 
 
-def _settings(layers: dict[str, QuantizedLinear]) -> tuple[set[int], set[int], bool]:
+def _settings(layers: Layers) -> tuple[set[int], set[int], bool]:
     """Bits and group sizes that there are, and whether zero points are fixed."""
     first = next(iter(layers.values()))
     return (
@@ -138,38 +136,19 @@ def _settings(layers: dict[str, QuantizedLinear]) -> tuple[set[int], set[int], b
     )
 
 
-def _left_float(model: PreTrainedModel, gates: list[str], layers: dict[str, QuantizedLinear]) -> list[str]:
-    """Projections in blocks that are not quantized."""
-    blocks = {name.rsplit(".", 2)[0] for name in layers}
-    inside = tuple(f"{gate}." for gate in gates)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 2)[0] in blocks and not name.startswith(inside)
-    ]
-
-
 def _save(model: PreTrainedModel, target: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """The folder, through a hidden one beside it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+    with written_whole(target) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         described = model.config.to_dict()
         described |= {"quantization_config": config, "architectures": [type(model).__name__]}
-        (fresh / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
+        (folder / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
         if config["quant_method"] == "gptq":
-            (fresh / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(fresh)
+            model.generation_config.save_pretrained(folder)
         manifest = manifest_of(model)
         if manifest is not None and manifest.tokenizer is not None:
-            manifest.tokenizer.save_pretrained(fresh)
-        fresh.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            target.rmdir()
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            manifest.tokenizer.save_pretrained(folder)

@@ -98,12 +98,14 @@ class Quantize:
             raise CalibrationError(
                 "GPTQ, clip and mean_bits need at least one window of text; without, use solver='nearest', clip=False"
             )
-        bits = {name: self.bits if own is None else own for name, own in self._own(found).items()}
-        if self.mean_bits is not None:
+        own = self._own(found)
+        if self.mean_bits is None:
+            bits = {name: self.bits if given is None else given for name, given in own.items()}
+        else:
             bits = allocate_bits(
                 model,
                 found,
-                {name: own for name, own in self._own(found).items() if own is not None},
+                {name: given for name, given in own.items() if given is not None},
                 self.mean_bits,
                 partial(quantize, group_size=self.group_size, symmetric=self.symmetric),
                 context,
