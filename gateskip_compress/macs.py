@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from .model import blocks, family_of, features, key_value_features, projections, width
+from .model import blocks, family_of, features, key_value_features, projections, read_out, width
 from .model.attention import whole_rectangles
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -82,7 +82,7 @@ def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
 
 def head_macs(model: PreTrainedModel) -> int:
     """Multiply-adds of one token's logits."""
-    rows, columns = model.get_output_embeddings().weight.shape  # pyright: ignore[reportOptionalMemberAccess]
+    columns, rows = features(read_out(model).head) or (0, 0)
     return rows * columns
 
 

@@ -10,7 +10,7 @@ from .errors import UnsupportedModel
 from .gating.allocate import MEASURED_TOKENS
 from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
 from .macs import ungated_macs_per_token
-from .model import blocks, branches, linears
+from .model import blocks, branches, linears, vocabulary
 from .pruning.transform import SCORING_TOKENS, Prune
 from .quantization.groups import check_group_size
 from .quantization.transform import Quantize
@@ -61,6 +61,10 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
                 check_group_size(step.group_size, linear.in_features, short=step.short_groups)
             mean = step.mean_bits or step.bits
             disk -= kept * weights * (float_bytes - mean / 8 - float_bytes / step.group_size)
+            rows, asked = vocabulary(model), step.vocabulary_bits(model)
+            for name, bits in asked.items():
+                stored = rows.linears[name].weight.numel() / (2 if rows.tied else 1)
+                disk -= stored * (float_bytes - bits / 8 - float_bytes / step.group_size)
         steps.append({"step": repr(step), "estimated_seconds": round(seconds, 1)})
     measured = recipe.evaluation.most_tokens * 2 * (len(steps) + 1) * per_token / rate
     return {

@@ -6,6 +6,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+from typecheck import checked
+
+install_import_hook(checked(), "typecheck.typechecker")  # before anything imports the package
+
 from tiny_models import FAMILY_CONFIGS, compress, tiny
 
 from gateskip_compress import GateSkip

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import gateskip_compress as g
 from gateskip_compress.formats import export
 from gateskip_compress.formats.gptq import from_gptq, to_gptq
+from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import Pipeline
 from gateskip_compress.quantization.groups import dequantize, quantize
 from gateskip_compress.quantization.linear import QuantizedLinear
@@ -62,15 +63,22 @@ def test_the_gptq_layout_is_what_it_says_and_reads_back(words, width, bits, symm
     torch.testing.assert_close(dequantize(read), dequantize(ours), rtol=1e-3, atol=1e-5)  # float16 scales
 
 
-@pytest.mark.parametrize("step", [SYMMETRIC, ASYMMETRIC, g.Quantize(bits=8, group_size=64)], ids=repr)
-def test_a_gptq_export_reads_back(step, tmp_path):
-    model = compress(tiny(), step)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+@pytest.mark.parametrize(
+    "step",
+    [SYMMETRIC, ASYMMETRIC, g.Quantize(bits=8, group_size=64), g.Quantize(bits_of={"embed": 8, "head": 8})],
+    ids=repr,
+)
+def test_a_gptq_export_reads_back(step, tied, tmp_path):
+    model = compress(tiny(tie_word_embeddings=tied), step)
     assert export(model, tmp_path / "out", "gptq") == []
     read, _ = g.load(str(tmp_path / "out"))
     torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=2e-3 * float(logits(model).abs().max()))
-    codes = {name: module.codes for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    codes = {
+        name: module.codes for name, module in blocks(model).named_modules() if isinstance(module, QuantizedLinear)
+    }
     assert codes
-    assert all(torch.equal(read.get_submodule(name).codes, found) for name, found in codes.items())
+    assert all(torch.equal(blocks(read).get_submodule(name).codes, found) for name, found in codes.items())
 
 
 @pytest.mark.parametrize(

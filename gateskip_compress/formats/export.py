@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import manifest_of
 from ..errors import CheckpointError, UnsupportedModel
 from ..folders import written_whole
-from ..model import linears
+from ..model import blocks, linears
 from ..names import check_choice
-from ..quantization.linear import QuantizedLinear
+from ..quantization.linear import QuantizedEmbedding, QuantizedLinear
 from . import compressed_tensors, gptq
 
 Layers = dict[str, QuantizedLinear]
@@ -42,6 +42,8 @@ def losses(model: PreTrainedModel) -> list[str]:
 def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *, drop: bool = False) -> list[str]:
     """Write a model whose projections are quantized in a format of other libraries, whole or not at all.
 
+    Embedding and output head are written as the floats that their codes stand for.
+
     Args:
         model: Quantized by a `Quantize` step.
         folder: New or empty.
@@ -62,10 +64,11 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
         raise UnsupportedModel(
             f"a checkpoint in the format {form} would lose {'; '.join(lost)}; drop=True, or --drop, writes it"
         )
+    inside = set(blocks(model).modules())
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and _GATES not in name
+        if isinstance(module, QuantizedLinear) and module in inside and _GATES not in name
     }
     if not layers:
         raise UnsupportedModel("this model is not quantized: put a Quantize step into its pipeline first")
@@ -78,15 +81,26 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
     return lost
 
 
+def _tables(model: PreTrainedModel) -> list[nn.Module]:
+    """Embedding and head."""
+    return [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+
+
 def _plain(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
-    """Every tensor that is neither a gate's nor quantized; of tied ones the first."""
-    parts = {f"{name}.{part}" for name in layers for part in ("codes", "scale", "zero", "levels")}
+    """Every tensor that is neither a gate's nor a layer's; of tied ones the first; embedding and head as floats."""
+    tables = {name: module for name, module in model.named_modules() if module in _tables(model)}
+    quantized = {n: t for n, t in tables.items() if isinstance(t, QuantizedEmbedding | QuantizedLinear)}
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        if _GATES in name or name in parts or tensor.data_ptr() in seen:
+        inside = any(name.startswith(f"{part}.") for part in (*layers, *quantized)) and not name.endswith(".bias")
+        if _GATES in name or inside or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor.contiguous()
+    tied = any(isinstance(table, QuantizedEmbedding) and table.tied for table in quantized.values())
+    for name, table in quantized.items():
+        if not tied or isinstance(table, QuantizedEmbedding):
+            found[f"{name}.weight"] = table.weight
     return found
 
 
@@ -144,6 +158,8 @@ def _save(model: PreTrainedModel, target: Path, tensors: dict[str, Tensor], conf
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         described = model.config.to_dict()
         described |= {"quantization_config": config, "architectures": [type(model).__name__]}
+        if getattr(model.get_input_embeddings(), "tied", False):  # ours unties what it keeps in few bits
+            described["tie_word_embeddings"] = True
         (folder / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
         if config["quant_method"] == "gptq":
             (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """The one place that knows Hugging Face names: families list them, blocks are found by them, attention runs by them."""
 
 from .blocks import ReadOut as ReadOut
+from .blocks import Vocabulary as Vocabulary
 from .blocks import blocks as blocks
 from .blocks import branches as branches
 from .blocks import check_copying as check_copying
@@ -13,6 +14,7 @@ from .blocks import projections as projections
 from .blocks import read_out as read_out
 from .blocks import remove_blocks as remove_blocks
 from .blocks import surrogate_linears as surrogate_linears
+from .blocks import vocabulary as vocabulary
 from .blocks import watch as watch
 from .blocks import width as width
 from .family import BRANCH_KINDS as BRANCH_KINDS

@@ -184,6 +184,43 @@ def surrogate_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The two matrices with a row a token, as linear layers that share their memory.
+
+    Args:
+        embedding: Full name of the input embedding.
+        head: Full name of the output head.
+        linears: Both by these names.
+        tied: They are one matrix.
+        factor: What rows of the embedding are multiplied by: Gemma scales them.
+    """
+
+    embedding: str
+    head: str
+    linears: dict[str, nn.Linear]
+    tied: bool
+    factor: float
+
+
+def vocabulary(model: PreTrainedModel) -> Vocabulary:
+    """What a model knows of each token.
+
+    Raises:
+        UnsupportedModel: it has no output head.
+    """
+    parts: tuple[Any, Any] = model.get_input_embeddings(), read_out(model).head
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = (names[id(part)] for part in parts)
+    return Vocabulary(
+        embedding,
+        head,
+        linears={embedding: _as_linear(parts[0]), head: _as_linear(parts[1])},
+        tied=parts[0].weight is parts[1].weight,
+        factor=float(getattr(parts[0], "scalar_embed_scale", 1.0)),
+    )
+
+
+@dataclass(frozen=True)
 class GatedMlp:
     """A gated linear unit, down(activation(gate x) * up x): its weights, and its activation."""
 
@@ -284,9 +321,13 @@ def _path(model: PreTrainedModel) -> str:
     return "model.layers" if family is None else family.blocks
 
 
-def _as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
+def _as_linear(module: nn.Linear | Conv1D | nn.Embedding) -> nn.Linear:
     if isinstance(module, nn.Linear):
         return module
+    if isinstance(module, nn.Embedding):
+        linear = nn.Linear(module.embedding_dim, module.num_embeddings, bias=False, device="meta")
+        linear.weight = module.weight
+        return linear
     linear = nn.Linear(module.nx, module.nf, device="meta")
     with torch.no_grad():
         linear.weight, linear.bias = nn.Parameter(module.weight.T, requires_grad=False), module.bias

@@ -1,11 +1,11 @@
-"""A linear layer that keeps its weight in few bits and dequantizes it when it runs."""
+"""Linear layers and embeddings that keep their weights in few bits and dequantize them when they run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .groups import GroupWeight, dequantize, pack, unpack
@@ -82,14 +82,24 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> GroupWeight:
         """Codes, scales and zero points as one value."""
-        middle = 2 ** (self.bits - 1)
-        zero = torch.full_like(self.scale, middle, dtype=torch.uint8) if self.zero is None else self.zero
-        return GroupWeight(unpack(self.codes, self.bits), self.scale, zero, self.bits, self.group_size, self.levels)
+        return self._quantized(slice(None))
 
     @property
     def weight(self) -> Float[Tensor, "o d"]:
         """The float matrix, written out anew at each call unless `unpacked` holds it."""
         return dequantize(self.quantized) if self._held is None else self._held
+
+    def rows(self, places: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
+        """Some rows of the float matrix; the others are not written out."""
+        if self._held is not None:
+            return self._held[places]
+        return dequantize(self._quantized(places.flatten())).unflatten(0, places.shape)
+
+    def _quantized(self, rows: slice | Tensor) -> GroupWeight:
+        scale = self.scale[rows]
+        middle = torch.full_like(scale, 2 ** (self.bits - 1), dtype=torch.uint8)
+        zero = middle if self.zero is None else self.zero[rows]
+        return GroupWeight(unpack(self.codes[rows], self.bits), scale, zero, self.bits, self.group_size, self.levels)
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n o"]:
         """Dequantize, multiply."""
@@ -101,6 +111,33 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}"
         )
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a quantized matrix by token id.
+
+    Args:
+        table: Holds the matrix, a row a token.
+        factor: What rows are multiplied by: Gemma scales its embeddings.
+        tied: The output head is `table`, and stores it.
+    """
+
+    def __init__(self, table: QuantizedLinear, factor: float, *, tied: bool) -> None:
+        super().__init__()
+        if not tied:
+            self.table = table
+        self._table = (table,)  # in a tuple, so that what is tied is stored once
+        self.factor, self.tied = factor, tied
+
+    @property
+    def weight(self) -> Float[Tensor, "v d"]:
+        """The float matrix, before the factor."""
+        return self._table[0].weight
+
+    def forward(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
+        """Dequantize the rows of these tokens."""
+        rows = self._table[0].rows(ids)
+        return rows if self.factor == 1 else rows * rows.new_tensor(self.factor)
 
 
 @contextmanager

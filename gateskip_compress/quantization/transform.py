@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
-from ..model import blocks, family_of, linears, surrogate_linears, walk
+from ..model import blocks, family_of, linears, surrogate_linears, vocabulary, walk
 from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import allocate_bits
 from .gptq import DAMPING, gptq, output_error
 from .groups import BITS, GROUP_SIZES, GroupWeight, check_group_size, check_weight, dequantize, quantize, tabled
 from .linear import QuantizedLinear, unpacked
+from .vocabulary import quantize_vocabulary, rebuild_vocabulary, whole
 
 Solver = Literal["gptq", "nearest", "nf4", "fp4"]
 TABLED = ("nf4", "fp4")
@@ -44,8 +45,10 @@ class Quantize:
         clip: Search each group's range, from all of it down to six tenths, for the least squared error, where a
             column counts as much as the inputs it meets in the text.
         bits_of: Other bits for projections whose full names a regular expression is found in; 16 leaves them as they
-            are. The first that is found counts.
-        mean_bits: Mean over all weights, from 3 to 8: each projection gets 3, 4 or 8 bits by how much its rounding
+            are. The first that is found counts. Embedding and output head (`lm_head` in most families), which keep
+            their precision otherwise, are rounded to nearest where they are found; where they are one matrix, naming
+            one is enough.
+        mean_bits: Mean over all projections' weights, from 3 to 8: each gets 3, 4 or 8 bits by how much its rounding
             moves the loss on calibration text. `bits` then counts for nothing, `bits_of` still does.
         short_groups: A row's last group may be shorter, where `group_size` does not divide it.
 
@@ -85,8 +88,11 @@ class Quantize:
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Replace the projections in place; the record keeps their errors, and their bits where they differ."""
-        found = self._found(model)
-        for name, linear in found.items():  # before the first one is replaced
+        found, rows = self._found(model), self.vocabulary_bits(model)
+        asked = {name: vocabulary(model).linears[name] for name in rows}
+        if not found and not asked:
+            raise ValueError(f"bits_of {dict(self.bits_of)} leaves nothing to quantize")
+        for name, linear in (found | asked).items():  # before the first one is replaced
             try:
                 check_group_size(
                     self.group_size, linear.in_features, short=self.short_groups and self.solver not in TABLED
@@ -110,14 +116,11 @@ class Quantize:
                 partial(quantize, group_size=self.group_size, symmetric=self.symmetric),
                 context,
             )
+        of_rows = quantize_vocabulary(model, rows, self._nearest, self._empty) if rows else None
         notes: dict[str, dict[str, float]] = {}
         if not self._reads_text:
             for name, linear in context.track(list(found.items()), "quantize"):
-                if self.solver in TABLED:
-                    weight = tabled(linear.weight.data, self.solver, self.group_size)
-                else:
-                    weight = quantize(linear.weight.data, bits[name], self.group_size, self.symmetric)
-                self._replace(model, name, linear, weight, notes)
+                self._replace(model, name, linear, self._nearest(linear.weight.data, bits[name]), notes)
         else:
             by_block: dict[int, dict[str, nn.Linear]] = {}
             for name, linear in found.items():
@@ -131,17 +134,22 @@ class Quantize:
                     held.enter_context(unpacked(blocks(model)[index]))
 
                 walk(model, context.calibration, visit, context.track)
-        return _summary(notes, found, bits)
+        record = _summary(notes, found, bits)
+        return record if of_rows is None else record | {"vocabulary": of_rows}
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put empty layers of few bits where projections are."""
+        if "vocabulary" in record:
+            rebuild_vocabulary(model, record["vocabulary"], self._empty)
         bits: dict[str, int] = record.get("bits", {})
         for name, linear in self._found(model).items():
-            with torch.device(linear.weight.device):
-                empty = QuantizedLinear.like(
-                    linear, bits.get(name, self.bits), self.group_size, self.symmetric, tabled=self.solver in TABLED
-                )
-                model.set_submodule(name, empty)
+            model.set_submodule(name, self._empty(linear, bits.get(name, self.bits)))
+
+    def vocabulary_bits(self, model: PreTrainedModel) -> dict[str, int]:
+        """Bits of embedding and output head by their full names, of those that are quantized."""
+        parts = vocabulary(model)
+        own = self._own(parts.linears)
+        return whole(parts, {name: bits for name, bits in own.items() if bits not in (None, KEEP)})
 
     @property
     def _reads_text(self) -> bool:
@@ -153,6 +161,17 @@ class Quantize:
         found = {**linears(model), **surrogate_linears(model)}
         own = self._own(found)
         return {name: linear for name, linear in found.items() if own[name] != KEEP}
+
+    def _nearest(self, weight: Tensor, bits: int) -> GroupWeight:
+        """A matrix rounded to nearest, or to the nearest level."""
+        if self.solver in TABLED:
+            return tabled(weight, self.solver, self.group_size)
+        return quantize(weight, bits, self.group_size, self.symmetric)
+
+    def _empty(self, linear: nn.Linear, bits: int) -> QuantizedLinear:
+        """A layer that takes a linear's place."""
+        with torch.device(linear.weight.device):
+            return QuantizedLinear.like(linear, bits, self.group_size, self.symmetric, tabled=self.solver in TABLED)
 
     def _own(self, found: dict[str, nn.Linear]) -> dict[str, int | None]:
         """Bits that `bits_of` asks for, None where it asks for none."""
@@ -203,9 +222,7 @@ class Quantize:
     ) -> None:
         original = linear.weight.data
         notes[name] = {"relative_error": float((dequantize(weight) - original).norm() / original.norm())}
-        replacement = QuantizedLinear.like(
-            linear, weight.bits, weight.group_size, self.symmetric, tabled=weight.levels is not None
-        )
+        replacement = self._empty(linear, weight.bits)
         replacement.load(weight, linear.bias)
         model.set_submodule(name, replacement)
 
@@ -271,6 +288,8 @@ def _summary(notes: dict[str, dict[str, float]], found: dict[str, nn.Linear], bi
     def mean(key: str) -> float:
         return sum(note[key] for note in notes.values()) / len(notes)
 
+    if not notes:
+        return {"quantized": 0}
     sizes = {name: linear.weight.numel() for name, linear in found.items()}
     record: dict[str, Any] = {
         "quantized": len(notes),
