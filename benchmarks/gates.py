@@ -246,9 +246,11 @@ def read_questions(folder: Path | None, most: int) -> tuple[dict[str, list[tasks
         return asked, others
     if not folder.is_dir():
         raise SystemExit(f"no folder {folder}; --tasks takes the folder that holds the tasks' files")
-    for task, (name, _) in tasks.TASKS.items():
-        if not (folder / name).is_file():
-            print(f"task {task} left out: no file {folder / name}")
+    for task, kind in tasks.TASKS.items():
+        if kind.answer is not tasks.choose:
+            continue
+        if not (folder / kind.file).is_file():
+            print(f"task {task} left out: no file {folder / kind.file}")
             continue
         asked[task] = tasks.read_items(folder, task, most)
         known = set(asked[task])

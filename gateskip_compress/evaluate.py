@@ -37,7 +37,31 @@ class Quality:
     top1_agreement: float | None
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Samples:
+    """Sums over the scored tokens of each passage, whose means `Quality` is; without an original two of them are empty."""
+
+    tokens: list[int]
+    losses_nats: list[float]
+    divergences_nats: list[float]
+    agreements: list[int]
+
+    @property
+    def quality(self) -> Quality:
+        """The means, with their intervals."""
+        tokens = sum(self.tokens)
+        losses = torch.tensor(self.losses_nats, dtype=torch.float64)
+        low, high = bootstrap_interval(losses, torch.tensor(self.tokens))
+        return Quality(
+            tokens=tokens,
+            perplexity=math.exp(sum(self.losses_nats) / tokens),
+            perplexity_low=math.exp(low),
+            perplexity_high=math.exp(high),
+            kl_nats=sum(self.divergences_nats) / tokens if self.divergences_nats else None,
+            top1_agreement=sum(self.agreements) / tokens if self.agreements else None,
+        )
+
+
 def evaluate(
     model: PreTrainedModel,
     passages: Sequence[Passage],
@@ -52,27 +76,29 @@ def evaluate(
         original: What to compare with.
         track: As in `Context`.
     """
-    counts, losses, divergences, agreements = [], [], [], []
+    return sample(model, passages, original, track).quality
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    passages: Sequence[Passage],
+    original: PreTrainedModel | None = None,
+    track: Any = untracked,
+) -> Samples:
+    """As `evaluate`, passage by passage."""
+    samples = Samples([], [], [], [])
     for passage in track(passages, "measure quality"):
         places = passage.scored.nonzero().squeeze(1)
         targets = passage.ids[places].to(model.device)
         logits = _logits(model, passage, places)
-        counts.append(len(places))
-        losses.append(F.cross_entropy(logits, targets, reduction="sum").item())
+        samples.tokens.append(len(places))
+        samples.losses_nats.append(F.cross_entropy(logits, targets, reduction="sum").item())
         if original is not None:
             reference = _logits(original, passage, places)
-            divergences.append(kl_divergence(reference, logits).sum().item())
-            agreements.append((reference.argmax(-1) == logits.argmax(-1)).sum().item())
-    tokens = sum(counts)
-    low, high = bootstrap_interval(torch.tensor(losses, dtype=torch.float64), torch.tensor(counts))
-    return Quality(
-        tokens=tokens,
-        perplexity=math.exp(sum(losses) / tokens),
-        perplexity_low=math.exp(low),
-        perplexity_high=math.exp(high),
-        kl_nats=sum(divergences) / tokens if divergences else None,
-        top1_agreement=sum(agreements) / tokens if agreements else None,
-    )
+            samples.divergences_nats.append(kl_divergence(reference, logits).sum().item())
+            samples.agreements.append(int((reference.argmax(-1) == logits.argmax(-1)).sum()))
+    return samples
 
 
 def _logits(model: PreTrainedModel, passage: Passage, places: Int[Tensor, " n"]) -> Float[Tensor, "n v"]:
@@ -88,8 +114,17 @@ def bootstrap_interval(sums: Float[Tensor, " n"], counts: Int[Tensor, " n"]) -> 
         sums: Of each passage.
         counts: Tokens of each passage.
     """
+    return interval(bootstrap_means(sums, counts))
+
+
+def bootstrap_means(sums: Float[Tensor, "*k n"], counts: Int[Tensor, " n"]) -> Float[Tensor, "*k r"]:
+    """The means in each of many resamplings of the passages; rows share the draws, so they can be compared pairwise."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(sums), (_RESAMPLES, len(sums)), generator=generator)
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=sums.dtype)).tolist()
+    draws = torch.randint(len(counts), (_RESAMPLES, len(counts)), generator=generator)
+    return sums[..., draws].sum(-1) / counts[draws].sum(1)
+
+
+def interval(values: Float[Tensor, " r"]) -> tuple[float, float]:
+    """What 95 % of resampled values lie between."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

@@ -2,16 +2,20 @@
 
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .speculation.decode import Acceptance, self_speculative
@@ -30,14 +34,57 @@ class Speed:
     tokens_per_verify: float | None
 
 
+@dataclass
+class Stopwatch:
+    """Times a model on one prompt; each call of `prefill` or `decode` gives one sample, in seconds.
+
+    Args:
+        model: At the budget it is set to.
+        prompt: Token ids.
+        new_tokens: Tokens that `decode` adds to each row; end tokens do not stop it.
+        speculate: Decode self-speculatively.
+        acceptance: What was drafted and accepted since the warm-up.
+    """
+
+    model: PreTrainedModel
+    prompt: Int[Tensor, "b t"]
+    new_tokens: int
+    speculate: bool = False
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @torch.inference_mode()
+    def prefill(self) -> float:
+        """One pass over the prompt, last logits only: also the time to the first token."""
+        return _seconds(lambda: self.model(self.prompt, use_cache=True, logits_to_keep=1), self.model.device)
+
+    def decode(self) -> float:
+        """The whole `generate` call, from a cache that holds all but the prompt's last token; greedy."""
+        return self._decode(self.new_tokens)
+
+    def warm_up(self) -> None:
+        """Run both for a moment; counts of acceptance start after it."""
+        self.prefill()
+        self._decode(min(4, self.new_tokens))
+        self.acceptance.drafted = self.acceptance.accepted = self.acceptance.verifies = 0
+
+    @torch.inference_mode()
+    def _decode(self, tokens: int) -> float:
+        extra = {"custom_generate": self_speculative, "acceptance": self.acceptance} if self.speculate else {}
+        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, **extra}
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        past = DynamicCache(config=self.model.config)
+        self.model(self.prompt[:, :-1], past_key_values=past, use_cache=True, logits_to_keep=1)
+        whole = {"attention_mask": torch.ones_like(self.prompt), "past_key_values": past}
+        call = lambda: self.model.generate(self.prompt, **whole, **length, **settings)  # noqa: E731
+        return _seconds(call, self.model.device)
+
+
 def measure_speed(
     model: PreTrainedModel, prompt_tokens: int, new_tokens: int, *, runs: int = 3, speculate: bool = False
 ) -> Speed:
-    """Time batch 1: one pass over the prompt (last logits only), and greedy decoding after it.
+    """Time batch 1, see `Stopwatch`, on a prompt of seeded random ids.
 
-    Decoding starts from a cache that holds the prompt; its time is that of the whole `generate` call. The prompt is
-    seeded random ids, a warm-up goes first, and end tokens do not stop it. Peak bytes are the process's own: for a
-    clean number, use a fresh one.
+    Peak bytes are the process's own: for a clean number, use a fresh one.
 
     Args:
         model: At the budget it is set to.
@@ -48,41 +95,62 @@ def measure_speed(
     """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.get_text_config().vocab_size, (1, prompt_tokens), generator=generator)
-    prompt, acceptance = prompt.to(model.device), Acceptance()
-    extra: dict[str, Any] = {"custom_generate": self_speculative, "acceptance": acceptance} if speculate else {}
-    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt), **extra}
-
-    def prefill() -> None:
-        model(prompt, use_cache=True, logits_to_keep=1)
-
-    def decode(tokens: int) -> float:
-        cache = DynamicCache(config=model.config)
-        model(prompt[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        return _seconds(lambda: model.generate(prompt, past_key_values=cache, **length, **settings), model.device)
-
-    with torch.inference_mode():
-        prefill()
-        prefill_s = [_seconds(prefill, model.device) for _ in range(runs)]
-        decode(min(4, new_tokens))
-        acceptance.drafted = acceptance.accepted = acceptance.verifies = 0
-        decode_s = [decode(new_tokens) for _ in range(runs)]
-    verifies = acceptance.verifies
+    watch = Stopwatch(model, prompt.to(model.device), new_tokens, speculate)
+    watch.warm_up()
+    prefill_s = [watch.prefill() for _ in range(runs)]
+    decode_s = [watch.decode() for _ in range(runs)]
+    verifies = watch.acceptance.verifies
     return Speed(
         prefill_tokens_per_s=prompt_tokens / median(prefill_s),
         decode_tokens_per_s=new_tokens / median(decode_s),
         prefill_s=prefill_s,
         decode_s=decode_s,
         peak_bytes=peak_bytes(model.device),
-        accepted_share=acceptance.accepted_share,
-        tokens_per_verify=(acceptance.accepted + verifies) / verifies if verifies else None,
+        accepted_share=watch.acceptance.accepted_share,
+        tokens_per_verify=(watch.acceptance.accepted + verifies) / verifies if verifies else None,
     )
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the device on CUDA, else resident memory of the process."""
+    """Most memory held so far, or since `forget_peak`: of the device on CUDA, else resident memory of the process.
+
+    Linux tells it in /proc; its `ru_maxrss` would also count what the parent held when it started this process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():
+        return _status_bytes("VmHWM")
+    return _peak_rusage_bytes()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory held now; where the system tells only the most so far, that."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS") if _STATUS.is_file() else _peak_rusage_bytes()
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let `peak_bytes` count from now on; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _peak_rusage_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -97,6 +165,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
     names = ("torch", "transformers")
     return {
         "package": version("gateskip-compress"),
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "device": _device_name(model.device),
@@ -104,6 +173,20 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+@cache
+def commit() -> str | None:
+    """The commit this package runs from, with `-dirty` where files differ from it; None outside a checkout."""
+    home = Path(__file__).parents[1]
+    if not (home / ".git").exists():
+        return None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,29 +1,34 @@
-r"""Zero-shot multiple choice: which of a few continuations a model finds likeliest. Files are the user's; we ship none.
+r"""Questions with known answers, zero-shot but for GSM8K. Files are the user's; we ship none.
 
     task         file                     context                          choices
     hellaswag    hellaswag_val.jsonl.gz   context                          endings
     piqa         piqa_val.jsonl           Question: {goal}\nAnswer:         sol1, sol2
     arc_easy     arc_easy_val.jsonl       Question: {question}\nAnswer:     choices
     openbookqa   openbookqa_val.jsonl     question_stem                    choices
+    lambada      lambada_openai.jsonl     context                          continuation
+    gsm8k        gsm8k_test.jsonl         five worked questions, then      the number after ####
+                                          Question: {question}\nAnswer:
 
 A choice's log-likelihood is log p(" " + choice | context), summed over its tokens; `accuracy` takes the highest,
-`accuracy_normalised` the highest per character. These are the prompts, `acc` and `acc_norm` of lm-eval, but for this:
-HellaSwag's context comes whole here, so its last part is not capitalised; and of a file we take items at even steps,
-since HellaSwag is sorted by source, where lm-eval's limit takes the first ones.
+`accuracy_normalised` the highest per character. LAMBADA is right where the continuation is what greedy decoding gives.
+For GSM8K the model writes up to 256 tokens; `accuracy` reads the number after ####, `accuracy_normalised` the last
+number. These are the prompts and scores of lm-eval, but for this: HellaSwag's context comes whole here, so its last
+part is not capitalised; GSM8K's five examples are the last of the same file, and left out of the score; and of a file
+we take items at even steps, since HellaSwag is sorted by source, where lm-eval's limit takes the first ones.
 """
 
 import gzip
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from .errors import CalibrationError
 from .evaluate import bootstrap_interval
@@ -63,17 +68,21 @@ def read_items(folder: Path, task: str, most: int) -> list[Item]:
     check_choice("task", task, TASKS)
     if most < 1:
         raise ValueError(f"items {most} must be at least 1")
-    name, item_of = TASKS[task]
-    path = Path(folder) / name
+    kind = TASKS[task]
+    path = Path(folder) / kind.file
     if not path.is_file():
         raise CalibrationError(f"no file {path} for task {task}")
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        split = max(0, len(records) - kind.shots)
+        records, examples = records[:split], records[split:]
         chosen = [records[i * len(records) // most] for i in range(most)] if most < len(records) else records
-        items = [item_of(record) for record in chosen]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        items = [kind.item_of(record) for record in chosen]
+        worked = "".join(f"Question: {e['question']}\nAnswer: {e['answer']}\n\n" for e in examples)
+        items = [replace(item, context=worked + item.context) for item in items]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path} is no file of {task}: {type(error).__name__} {error}") from error
     if not items:
         raise CalibrationError(f"{path} holds no items")
@@ -88,7 +97,7 @@ def read_items(folder: Path, task: str, most: int) -> list[Item]:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], track: Any = untracked
 ) -> Accuracy:
-    """Answer items with a model at the budget it is set to.
+    """Answer multiple-choice items with a model at the budget it is set to.
 
     Args:
         model: Any causal model, gated or not.
@@ -96,18 +105,64 @@ def score(
         items: From `read_items`; one at least.
         track: As in `Context`.
     """
-    right: dict[str, list[float]] = {"": [], "_normalised": []}
-    for item in track(items, "answer questions"):
-        found = log_likelihoods(model, *encode(tokenizer, item))
-        per_character = found / torch.tensor([max(1, len(choice)) for choice in item.choices], device=found.device)
-        right[""].append(float(found.argmax() == item.label))
-        right["_normalised"].append(float(per_character.argmax() == item.label))
+    return accuracy_of([choose(model, tokenizer, item) for item in track(items, "answer questions")])
+
+
+def accuracy_of(answers: Sequence["Answer"]) -> Accuracy:
+    """Shares of answers that were right."""
     shares: dict[str, float] = {}
-    for which, answers in right.items():
-        low, high = bootstrap_interval(torch.tensor(answers), torch.ones(len(answers), dtype=torch.long))
-        shares[f"accuracy{which}"] = sum(answers) / len(answers)
+    for which, right in zip(("", "_normalised"), zip(*answers, strict=True), strict=True):
+        low, high = bootstrap_interval(torch.tensor(right).double(), torch.ones(len(right), dtype=torch.long))
+        shares[f"accuracy{which}"] = sum(right) / len(right)
         shares |= {f"accuracy{which}_low": low, f"accuracy{which}_high": high}
-    return Accuracy(items=len(items), **shares)
+    return Accuracy(items=len(answers), **shares)
+
+
+Answer = tuple[bool, bool]
+"""Whether an item was answered rightly, plainly and normalised."""
+
+
+def choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: Item) -> Answer:
+    """Whether the right choice is the likeliest, and whether it is the likeliest per character."""
+    found = log_likelihoods(model, *encode(tokenizer, item))
+    per_character = found / torch.tensor([max(1, len(choice)) for choice in item.choices], device=found.device)
+    return int(found.argmax()) == item.label, int(per_character.argmax()) == item.label
+
+
+@torch.inference_mode()
+def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: Item) -> Answer:
+    """Whether greedy decoding gives the only choice, token for token."""
+    context, (choice,) = encode(tokenizer, item)
+    ids = torch.cat((context, choice[:-1]))[None].to(model.device)
+    logits = model(ids, use_cache=False, logits_to_keep=len(choice)).logits[0]
+    right = bool((logits.argmax(-1).cpu() == choice).all())
+    return right, right
+
+
+def work_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: Item) -> Answer:
+    """Whether the number after #### in what the model writes is right, and whether its last number is."""
+    ids = tokenizer(item.context, return_tensors="pt").input_ids.to(model.device)
+
+    def asks(written: Tensor, _: Any) -> Tensor:
+        """Whether the model has gone on to a question of its own."""
+        last = tokenizer.decode(written[0, ids.shape[1] :][-8:], skip_special_tokens=True)
+        return torch.tensor([_NEXT in last], device=written.device)
+
+    stop: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([asks]), "max_new_tokens": _WRITTEN_TOKENS}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **stop)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split(_NEXT)[0]
+    marked, last = re.findall(r"#### (-?[0-9.,]+)", text)[:1], re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)[-1:]
+    (right,) = item.choices
+    return [_figure(found) for found in marked] == [right], [_figure(found) for found in last] == [right]
+
+
+_WRITTEN_TOKENS = 256
+_NEXT = "Question:"
+
+
+def _figure(text: str) -> str:
+    """A number without what may be written into it."""
+    return re.sub(r"[,$]|\.$", "", text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[Int[Tensor, " t"], list[Int[Tensor, " _"]]]:
@@ -174,10 +229,28 @@ def _lettered(context: str, record: dict[str, Any]) -> Item:
     return Item(context, tuple(choices["text"]), choices["label"].index(record["answerKey"]))
 
 
-TASKS: dict[str, tuple[str, Callable[[dict[str, Any]], Item]]] = {
-    "hellaswag": ("hellaswag_val.jsonl.gz", _hellaswag),
-    "piqa": ("piqa_val.jsonl", _piqa),
-    "arc_easy": ("arc_easy_val.jsonl", _arc),
-    "openbookqa": ("openbookqa_val.jsonl", _openbookqa),
+def _lambada(record: dict[str, Any]) -> Item:
+    return Item(record["context"], (record["continuation"],), 0)
+
+
+def _gsm8k(record: dict[str, Any]) -> Item:
+    return Item(f"Question: {record['question']}\nAnswer:", (_figure(record["answer"].split("#### ")[1]),), 0)
+
+
+class Task(NamedTuple):
+    """Where a task's items are, how a line is read, how an item is answered, how many worked examples come first."""
+
+    file: str
+    item_of: Callable[[dict[str, Any]], Item]
+    answer: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Item], Answer] = choose
+    shots: int = 0
+
+
+TASKS: dict[str, Task] = {
+    "hellaswag": Task("hellaswag_val.jsonl.gz", _hellaswag),
+    "piqa": Task("piqa_val.jsonl", _piqa),
+    "arc_easy": Task("arc_easy_val.jsonl", _arc),
+    "openbookqa": Task("openbookqa_val.jsonl", _openbookqa),
+    "lambada": Task("lambada_openai.jsonl", _lambada, go_on),
+    "gsm8k": Task("gsm8k_test.jsonl", _gsm8k, work_out, shots=5),
 }
-"""Name -> file, and how a line of it is read."""

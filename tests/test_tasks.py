@@ -4,9 +4,21 @@ import json
 import pytest
 import torch
 from tiny_models import compress, tiny, tiny_tokenizer, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import gateskip_compress as g
-from gateskip_compress.tasks import TASKS, Item, encode, log_likelihoods, read_items, score
+from gateskip_compress.tasks import (
+    TASKS,
+    Item,
+    accuracy_of,
+    encode,
+    go_on,
+    log_likelihoods,
+    read_items,
+    score,
+    work_out,
+)
 
 RECORDS = {
     "hellaswag": {
@@ -18,12 +30,14 @@ RECORDS = {
     "piqa": {"goal": "w3", "sol1": "w4", "sol2": "w5 w6", "label": 1},
     "arc_easy": {"question": "w3", "choices": {"text": ["w4", "w5", "w6"], "label": ["1", "2", "3"]}, "answerKey": "2"},
     "openbookqa": {"question_stem": "w3", "choices": {"text": ["w4", "w5"], "label": ["A", "B"]}, "answerKey": "B"},
+    "lambada": {"context": "w3 w4", "continuation": "w5"},
 }
 ITEMS = {
     "hellaswag": Item("w3 w4 w5", ("w6 w7", "w8", "w9", "w10 w11"), 3),
     "piqa": Item("Question: w3\nAnswer:", ("w4", "w5 w6"), 1),
     "arc_easy": Item("Question: w3\nAnswer:", ("w4", "w5", "w6"), 1),
     "openbookqa": Item("w3", ("w4", "w5"), 1),
+    "lambada": Item("w3 w4", ("w5",), 0),
 }
 
 
@@ -78,7 +92,7 @@ def test_accuracy_takes_the_likeliest_and_the_likeliest_per_character():
     assert right != normalised  # so that the two are told apart
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", RECORDS)
 def test_a_line_is_an_item_with_lm_evals_prompt(task, tmp_path):
     write(tmp_path, task, [json.dumps(RECORDS[task])])
     assert read_items(tmp_path, task, 5) == [ITEMS[task]]
@@ -117,3 +131,36 @@ def test_bad_arguments_are_refused(tmp_path):
         read_items(tmp_path, "piqa", 0)
     with pytest.raises(ValueError, match=r"choices of \[2, 0\]"):
         log_likelihoods(tiny(), tokens(1, 3)[0], [tokens(1, 2)[0], tokens(1, 0)[0]])
+
+
+def test_lambada_is_right_where_greedy_decoding_gives_the_continuation():
+    model, tokenizer = tiny(), tiny_tokenizer()
+    ids = tokens(1, 6)
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=3, pad_token_id=0)[0, 6:].tolist()
+    context = " ".join(f"w{t}" for t in ids[0].tolist())
+    assert go_on(model, tokenizer, Item(context, (" ".join(f"w{t}" for t in greedy),), 0)) == (True, True)
+    wrong = [*greedy[:2], greedy[2] % 90 + 3]
+    assert go_on(model, tokenizer, Item(context, (" ".join(f"w{t}" for t in wrong),), 0)) == (False, False)
+
+
+def test_gsm8k_shows_five_other_questions_and_reads_the_last_number(tmp_path):
+    lines = [json.dumps({"question": f"w{i}", "answer": f"because\n#### 1,0{i}0"}) for i in range(7)]
+    write(tmp_path, "gsm8k", lines)
+    first, second = read_items(tmp_path, "gsm8k", 9)
+    assert (first.choices, second.choices) == (("1000",), ("1010",))
+    assert second.context.count("Answer: because\n#### 1,0") == 5
+    assert second.context.endswith("#### 1,060\n\nQuestion: w1\nAnswer:")
+    words = ["<pad>", "<s>", "<unk>", *map(str, range(3, 96))]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = tiny(vocab_size=96)
+    ids = tokenizer("5 9 11", return_tensors="pt").input_ids
+    out = model.generate(ids, do_sample=False, max_new_tokens=256, pad_token_id=0)[0, 3:].tolist()
+    last = [str(t) for t in out if t > 2][-1]
+    answers = [work_out(model, tokenizer, Item("5 9 11", (answer,), 0)) for answer in (last, last + "0")]
+    assert answers == [(False, True), (False, False)]  # no #### was written
+    assert accuracy_of(answers).accuracy_normalised == 0.5
