@@ -39,7 +39,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sums over the scored tokens of each passage, whose means `Quality` is; without an original two of them are empty."""
+    """Sums over the scored tokens of each passage, of which `Quality` is the mean; with no original, two are empty."""
 
     tokens: list[int]
     losses_nats: list[float]

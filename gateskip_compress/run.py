@@ -53,9 +53,9 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     """
     _claim(out, recipe)
     original, tokenizer = load(recipe.model, recipe.dtype)
-    calibration, seconds = _timed(lambda: _calibration(recipe, original, tokenizer, track))
-    lessons = _lessons(recipe, tokenizer)
-    held_out = _evaluation(recipe, original, tokenizer, track)
+    calibration, seconds = _timed(lambda: calibration_text(recipe, original, tokenizer, track))
+    lessons = training_text(recipe, tokenizer)
+    held_out = evaluation_text(recipe, original, tokenizer, track)
     first = out / "steps" / "0-original"
     if not (first / "stage.json").is_file():
         _stage(recipe, first, original, original, tokenizer, held_out, None, None, track)
@@ -121,9 +121,10 @@ def _claim(out: Path, recipe: Recipe) -> None:
     path.write_text(content)
 
 
-def _calibration(
+def calibration_text(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Any
 ) -> Int[Tensor, "n t"]:
+    """What steps are fitted on; the model writes it itself where the recipe names no text."""
     part = recipe.calibration
     if part.text != SELF:
         return windows(part.text, tokenizer, part.window_tokens, part.windows * part.window_tokens)
@@ -138,7 +139,7 @@ def _calibration(
     )
 
 
-def _lessons(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
+def training_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Passage]:
     """What steps that train are trained on; none where the recipe names no text for it."""
     part = recipe.training
     if part is None:
@@ -146,9 +147,10 @@ def _lessons(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Passage
     return packed(part.text, tokenizer, part.window_tokens, part.most_tokens, prompts=part.prompts, seed=recipe.seed)
 
 
-def _evaluation(
+def evaluation_text(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, track: Any
 ) -> list[Passage]:
+    """What quality is measured on."""
     part = recipe.evaluation
     if part.text != SELF:
         return passages(part.text, tokenizer, part.window_tokens, part.most_tokens)

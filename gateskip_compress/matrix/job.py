@@ -1,0 +1,176 @@
+"""One node of the matrix, in a process of its own: make its checkpoint, and measure the quality of its cells.
+
+Nothing of the process's past is in its peak memory, and its end, however it comes, ends nothing else.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import CalibrationError, GateSkipError
+from ..evaluate import sample
+from ..gating.dial import budget
+from ..macs import macs_per_token
+from ..measure import disk_bytes, environment, peak_bytes
+from ..pipeline import apply, start
+from ..quantization.linear import unpacked
+from ..report.render import write_whole
+from ..run import COUNTED_PASSAGES, calibration_text, evaluation_text, training_text
+from ..source import load
+from ..step import Context, Stage
+from ..tasks import TASKS, read_items
+from ..track import untracked
+from ..transforms import build
+from .cells import Cell, Node
+from .harness import hub_answers
+from .spec import Questions, Spec
+from .store import Row
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know.
+
+    Args:
+        spec: The matrix.
+        cache: Folder of all nodes.
+        node: The one to make.
+        cells: Those of its cells that are to be measured.
+        settings: Hash that their rows carry.
+        same: Row of the parent's cell, for a step that changes only how the model decodes.
+        threads: Of torch.
+    """
+
+    spec: Spec
+    cache: Path
+    node: Node
+    cells: tuple[Cell, ...]
+    settings: str
+    same: Row | None = None
+    threads: int = 1
+
+
+def run_job(job: Job) -> Iterator[Row]:
+    """Make the node, then yield a row a cell as each is measured; a node that is refused gives one row about itself.
+
+    Any error that is not a refusal of ours ends the job.
+    """
+    torch.set_num_threads(job.threads)
+    folder = job.cache / job.node.key
+    try:
+        if not (folder / "facts.json").is_file():
+            make_node(job, folder)
+    except (GateSkipError, ValueError) as error:
+        yield {"part": "node", "status": "refused", "reason": str(error)}
+        return
+    if not job.cells:
+        return
+    facts = json.loads((folder / "facts.json").read_text())
+    model, tokenizer = load(str(folder / "model"))
+    original = load(str(job.cache / job.node.original / "model"))[0] if job.node.steps and not job.same else None
+    for cell in job.cells:
+        found = {"compression": facts, "disk_bytes": disk_bytes(folder / "model"), "environment": environment(model)}
+        try:
+            measured = job.same or _quality(job.spec, cell, model, original, tokenizer)
+        except (GateSkipError, ValueError) as error:
+            yield row_of(job, cell, "refused", reason=str(error))
+            continue
+        yield row_of(job, cell, "done", **found, **{key: measured[key] for key in _MEASURED})
+
+
+_MEASURED = ("samples", "quality", "macs_per_token", "answers")
+
+
+def row_of(job: Job, cell: Cell, status: str, **content: Any) -> Row:
+    """A row about the quality of a cell."""
+    return {"cell": cell.id, "part": "quality", "settings": job.settings, "status": status, **content}
+
+
+def make_node(job: Job, folder: Path) -> None:
+    """Write a node's checkpoint from its parent's, and then what that took.
+
+    Seconds and peak bytes are sums and maxima over all steps so far.
+    """
+    torch.manual_seed(job.spec.seed)
+    parent = job.cache / job.node.parent if job.node.parent else None
+    recipe = job.spec.recipe(job.node.model, [])
+    facts: dict[str, Any] = {"seconds": 0.0, "peak_bytes": None, "steps": []}
+    if parent is None:
+        model, tokenizer = load(job.node.model, job.spec.dtype)
+        calibration = calibration_text(recipe, model, tokenizer, untracked)
+        start(model, tokenizer, source=job.node.model)
+        write_whole(_made(folder) / "calibration.json", json.dumps(calibration.tolist()))
+    else:
+        if not (parent / "facts.json").is_file():
+            raise CalibrationError(f"no {parent}: all machines of a cluster must see the results folder in one place")
+        before = json.loads((parent / "facts.json").read_text())
+        ids = json.loads((job.cache / job.node.original / "calibration.json").read_text())
+        model, tokenizer = load(str(parent / "model"))
+        model.gateskip.tokenizer = tokenizer
+        step = build(*job.node.steps[-1])
+        context = Context(
+            torch.tensor(ids), job.spec.seed, untracked, training_text(recipe, tokenizer), scratch=folder / "scratch"
+        )
+        began = time.perf_counter()
+        record = apply(step, model, context)
+        own = {"step": step.name, "seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(model.device)}
+        facts = {
+            "seconds": before["seconds"] + own["seconds"],
+            "peak_bytes": max(before["peak_bytes"] or 0, own["peak_bytes"]),
+            "steps": [*before["steps"], {**own, "record": record}],
+        }
+    model.save_pretrained(_made(folder) / "model")
+    write_whole(folder / "facts.json", json.dumps(facts) + "\n")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@torch.inference_mode()
+def _quality(
+    spec: Spec,
+    cell: Cell,
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Row:
+    """Of one cell, with raw samples; decoding as usual, since a verified draft changes no token."""
+    held_out = evaluation_text(spec.recipe(cell.model, []), original or model, tokenizer, untracked)
+    with ExitStack() as turned:
+        if cell.budget is not None:
+            turned.enter_context(budget(model, cell.budget))
+        turned.enter_context(unpacked(model))
+        samples = sample(model, held_out, original)
+        if not all(map(math.isfinite, samples.losses_nats)):
+            raise ValueError("the loss on held-out text is not finite: these steps broke the model")
+        macs = macs_per_token(model, [passage.ids for passage in held_out[:COUNTED_PASSAGES]])
+        answers = _answers(spec.tasks, model, tokenizer) if spec.tasks else {}
+    quality = asdict(samples.quality)
+    return {"samples": asdict(samples), "quality": quality, "macs_per_token": macs, "answers": answers}
+
+
+def _answers(
+    tasks: Questions, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, Sequence[tuple[bool, bool]]]:
+    if tasks.folder is None:
+        return hub_answers(model, tokenizer, tasks.names, tasks.items)
+    folder = Path(tasks.folder)
+    return {
+        name: [TASKS[name].answer(model, tokenizer, item) for item in read_items(folder, name, tasks.items)]
+        for name in tasks.names
+    }
+
+
+def changes_only_decoding(node: Node) -> bool:
+    """Whether the last step leaves quality as it is."""
+    return bool(node.steps) and build(*node.steps[-1]).stage == Stage.DECODE

@@ -1,0 +1,164 @@
+"""Timed cells: one at a time, each sample paired with one of the original, taken right after it.
+
+Cell and original each have a process of their own; while one runs, the other waits. A drift of the machine hits both,
+and drops out of the ratio of a pair. Peak memory is the cell process's own, from the loaded model on, less what the
+process held before there was a model.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import GateSkipError
+from ..gating.dial import budget
+from ..measure import Stopwatch, environment, forget_peak, held_bytes, peak_bytes
+from ..quantization.linear import unpacked
+from ..source import load
+from .fresh import ProcessFailed, ended, fresh_process, stop
+from .spec import Timing
+from .store import Row
+
+Prompts = list[list[list[int]]]
+"""Token ids for each of `Timing.sizes`."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to time: its checkpoint, the budget to turn to, and the threads of torch."""
+
+    folder: Path
+    budget: float | None
+    threads: int
+
+
+class Rival:
+    """A process that holds one model and takes one sample whenever it is asked."""
+
+    def __init__(self, process: Any, ends: Connection) -> None:
+        self.process, self.ends = process, ends
+
+    def ask(self, *question: Any) -> Any:
+        """Send a request and wait for what comes of it.
+
+        Raises:
+            ValueError: the model refuses it, with the reason.
+            ProcessFailed: the process ended, or an error ended it.
+        """
+        try:
+            self.ends.send(question)
+            kind, answer = self.ends.recv()
+        except (EOFError, OSError):
+            raise ended(self.process) from None
+        if kind == "refused":
+            raise ValueError(answer)
+        if kind == "error":
+            raise ProcessFailed(answer)
+        return answer
+
+
+@contextmanager
+def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
+    """A process with a model loaded; ended with the `with`."""
+    process, ends = fresh_process(_serve, subject, timing.new_tokens, timing.unpack)
+    try:
+        found = Rival(process, ends)
+        found.ask("load")
+        yield found
+    finally:
+        stop(process)
+
+
+def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) -> Row:
+    """Samples of every size, cell and original in turn, and the cell's memory; a size that is refused says why."""
+    sizes = []
+    for (batch, prompt_tokens), prompt in zip(timing.sizes, prompts, strict=True):
+        size: Row = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": timing.new_tokens}
+        try:
+            samples: dict[str, list[float]] = {}
+            for who in (cell, original):
+                who.ask("prompt", prompt)
+            for _ in range(timing.runs):
+                for kind in ("prefill", "decode"):
+                    for name, who in (("", cell), ("original_", original)):
+                        samples.setdefault(f"{name}{kind}_s", []).append(who.ask(kind))
+            size |= {**samples, **cell.ask("accepted")}
+        except ValueError as error:
+            size["refused"] = str(error)
+        sizes.append(size)
+    return {"sizes": sizes, **cell.ask("memory")}
+
+
+@dataclass
+class _Stand:
+    """What a timed process keeps between requests."""
+
+    subject: Subject
+    new_tokens: int
+    unpack: bool
+    held: ExitStack = field(default_factory=ExitStack)
+    before_bytes: int = 0
+    watch: Stopwatch | None = None
+    whole: bool = False
+
+    def load(self) -> None:
+        torch.set_num_threads(self.subject.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.before_bytes = held_bytes(device)
+        self.model, _ = load(str(self.subject.folder))
+        self.model.to(device)
+        if self.subject.budget is not None:
+            self.held.enter_context(budget(self.model, self.subject.budget))
+        if self.unpack:
+            self.held.enter_context(unpacked(self.model))
+        self.whole = not forget_peak(device)
+
+    def prompt(self, ids: list[list[int]]) -> None:
+        prompt = torch.tensor(ids, device=self.model.device)
+        speculates = getattr(self.model, "self_speculation", None) is not None
+        self.watch = Stopwatch(self.model, prompt, self.new_tokens, speculate=speculates)
+        self.watch.warm_up()
+
+    def prefill(self) -> float:
+        return self._watch.prefill()
+
+    def decode(self) -> float:
+        return self._watch.decode()
+
+    def accepted(self) -> Row:
+        counts = self._watch.acceptance
+        per_verify = (counts.accepted + counts.verifies) / counts.verifies if counts.verifies else None
+        return {"accepted_share": counts.accepted_share, "tokens_per_verify": per_verify}
+
+    def memory(self) -> Row:
+        peak = peak_bytes(self.model.device)
+        return {
+            "memory_bytes": peak - self.before_bytes,
+            "process_peak_bytes": peak,
+            "peak_includes_loading": self.whole,
+            "environment": environment(self.model),
+        }
+
+    @property
+    def _watch(self) -> Stopwatch:
+        if self.watch is None:
+            raise ValueError("a prompt comes first")
+        return self.watch
+
+
+def _serve(ends: Connection, subject: Subject, new_tokens: int, unpack: bool) -> None:
+    """Answer requests until the other end is closed."""
+    stand = _Stand(subject, new_tokens, unpack)
+    while True:
+        try:
+            name, *arguments = ends.recv()
+        except EOFError:
+            return
+        try:
+            ends.send(("done", getattr(stand, name)(*arguments)))
+        except (GateSkipError, ValueError) as error:
+            ends.send(("refused", str(error)))
