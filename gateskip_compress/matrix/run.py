@@ -11,13 +11,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from ..errors import GateSkipError
+from ..errors import GateSkipError, PipelineError
 from ..report.matrix import write_matrix
 from ..report.render import write_whole
 from ..text import SELF, passages
@@ -28,7 +29,7 @@ from .fresh import ProcessFailed, fresh_rows
 from .harness import check_hub
 from .job import Job, changes_only_decoding, run_job
 from .spec import Spec
-from .store import Row, append, opened, read_rows
+from .store import Row, append, check_version, opened, read_rows
 from .timing import Prompts, Subject, rival, time_pair
 
 FINAL = ("done", "refused")
@@ -91,8 +92,12 @@ def report_matrix(out: Path, goals: Sequence[str] = ()) -> dict[str, Any]:
     """Write the report of what a folder holds by now; returns its content.
 
     Raises:
+        PipelineError: it is another version's, or no results folder.
         ValueError: a goal is wrong.
     """
+    check_version(out)
+    if not (out / "spec.json").is_file():
+        raise PipelineError(f"{out} has no spec.json: its matrix never began")
     saved = json.loads((out / "spec.json").read_text())
     spec = Spec.model_validate(saved["spec"])
     report = derive(spec, list_cells(spec), read_rows(out), spec.parsed_goals(list(goals)), saved["command"])
@@ -258,8 +263,11 @@ def in_processes(workers: int, keep: Callable[[Row], None]) -> Iterator[Submit]:
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield lambda job: pool.submit(_collect, job, keep)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # Ctrl-C above all: what runs is ended, not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def _collect(job: Job, keep: Callable[[Row], None] | None) -> Outcome:

@@ -43,6 +43,7 @@ def write_matrix(report: dict[str, Any], out: Path) -> dict[str, Path]:
     values = {
         **report,
         "pairs": [{**pair, "reason": pair["reason"] and plain(pair["reason"])} for pair in report["pairs"]],
+        "names": [model.rstrip("/").rsplit("/", 1)[-1] for model in report["models"]],
         "letters": letters,
         "bar": partial(bar, report),
         "pictures": {name: picture for name, picture in pictures.items() if picture is not None},
@@ -81,13 +82,28 @@ def dress(report: dict[str, Any], cell: dict[str, Any], letters: dict[str, str],
     tag = cell["name"] if cell["kind"] == "baseline" else tag
     cell["tag"] = tag if cell["budget"] is None else f"{tag}@{cell['budget']:g}"
     cell["color"] = color_of(cell, report["strengths"])
+    values = cell["values"]
     cell["texts"] = {
-        name: [shown(value, report["metrics"][name]["unit"], name), interval_text(report, cell, name)]
-        for name, value in cell["values"].items()
+        name: [shown(values[name], metric["unit"], name), interval_text(report, cell, name)]
+        for name, metric in report["metrics"].items()
+        if name in values
     }
+    if "stacking_efficiency" in values or "interaction_nats" in values:
+        cell["expected"] = _expected(values)
     cell["reason"] = cell["reason"] and plain(cell["reason"])
     cell["recipe_yaml"] = yaml.safe_dump(cell["recipe"], sort_keys=False, allow_unicode=True)
     cell["command"] = _command(cell, report["evaluation"]["text"], out)
+
+
+def _expected(values: dict[str, float]) -> dict[str, str]:
+    """What a stack's parts promise: their speed-ups multiplied, their losses added."""
+    found = {}
+    if "stacking_efficiency" in values:
+        found["decode_speedup"] = shown(values["decode_speedup"] / values["stacking_efficiency"], "×", "decode_speedup")
+    if "interaction_nats" in values:
+        ratio = values["perplexity_ratio"] / math.exp(values["interaction_nats"])
+        found["perplexity_ratio"] = shown(ratio, "×", "perplexity_ratio")
+    return found
 
 
 def plain(reason: str) -> str:

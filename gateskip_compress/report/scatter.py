@@ -139,20 +139,29 @@ def color_of(cell: dict[str, Any], strengths: Sequence[str]) -> str:
 
 
 def _tags(labelled: Sequence[tuple[Point, dict[str, Any]]], dots: Sequence[Point]) -> list[str]:
-    """Labels beside their dots, each where it covers least."""
+    """Labels beside their dots, each where it covers least; one that would cover another is left out."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    written: list[Box] = []
     found = []
     for (x, y), cell in labelled:
-        width = 7.2 * len(cell["tag"])
+        width = 7.4 * len(cell["tag"])
         spots = [(8, -7), (8, 15), (-8 - width, -7), (-8 - width, 15), (-width / 2, -13), (-width / 2, 22), (10, 4)]
-        best = min(spots, key=lambda s: _covered((x + s[0], y + s[1] - 11, x + s[0] + width, y + s[1] + 2), taken))
-        left, base = x + best[0], y + best[1]
-        taken.append((left, base - 11, left + width, base + 2))
-        found.append(f'<text class="tag" x="{left:.1f}" y="{base:.1f}">{escape(cell["tag"])}</text>')
+        boxes = [(x + dx, y + dy - 11, x + dx + width, y + dy + 2) for dx, dy in spots]
+        box = min(boxes, key=lambda box: _outside(box) + 5 * _hits(box, written) + _hits(box, taken))
+        if _hits(box, written):
+            continue
+        written.append(box)
+        found.append(f'<text class="tag" x="{box[0]:.1f}" y="{box[1] + 11:.1f}">{escape(cell["tag"])}</text>')
     return found
 
 
-def _covered(box: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]) -> float:
-    outside = box[0] < _LEFT or box[2] > WIDTH - 2 or box[1] < 0 or box[3] > HEIGHT - _BOTTOM
-    hits = sum(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
-    return hits + 10 * outside
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def _outside(box: Box) -> int:
+    return 20 * (box[0] < _LEFT or box[2] > WIDTH - 2 or box[1] < 0 or box[3] > HEIGHT - _BOTTOM)
+
+
+def _hits(box: Box, others: Sequence[Box]) -> int:
+    return sum(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
