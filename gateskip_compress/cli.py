@@ -325,14 +325,15 @@ def matrix(
     workers: Annotated[int, typer.Option(help="Processes for quality; timed cells always have the machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees the results folder.")] = None,
     goal: Goals = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Measure many stacks against the original, and report which to take."""
     from .matrix.run import run_matrix
     from .matrix.spec import read_spec
 
-    checked, told = read_spec(spec), {"--out": str(out), "--workers": str(workers), "--ray": ray}
-    command = _command("matrix", spec, told, goal)
+    checked, told = read_spec(spec, overrides or []), {"--out": str(out), "--workers": str(workers), "--ray": ray}
+    command = _command("matrix", spec, told, goal, overrides)
     with _progress(problems if as_json else console) as track:
         report = run_matrix(
             checked, out, workers=workers, ray_address=ray, goals=goal or [], command=command, track=track
@@ -347,6 +348,7 @@ def search(
     goal: Annotated[str, typer.Option(help="Conditions, such as 'perplexity_ratio <= 1.1 and disk_share <= 0.5'.")],
     most_seconds: Annotated[float, typer.Option(help="No trial starts after so long.")] = 3600.0,
     trials: Annotated[int | None, typer.Option(help="At most, earlier runs' included.")] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Look for the cheapest stack that meets a goal, in the ranges that a matrix names."""
@@ -354,15 +356,18 @@ def search(
     from .matrix.spec import read_spec
 
     told = {"--out": str(out), "--most-seconds": f"{most_seconds:g}", "--trials": trials and str(trials)}
-    command = _command("search", spec, told, [goal])
+    checked, command = read_spec(spec, overrides or []), _command("search", spec, told, [goal], overrides)
     with _progress(problems if as_json else console) as track:
-        report = look(read_spec(spec), out, goal, most_s=most_seconds, most_trials=trials, command=command, track=track)
+        report = look(checked, out, goal, most_s=most_seconds, most_trials=trials, command=command, track=track)
     _tell(report, out, as_json)
 
 
-def _command(name: str, spec: Path, told: dict[str, str | None], goals: list[str] | None) -> str:
+def _command(
+    name: str, spec: Path, told: dict[str, str | None], goals: list[str] | None, overrides: list[str] | None
+) -> str:
     given = [word for flag, value in told.items() if value is not None for word in (flag, value)]
-    return shlex.join(["gateskip", name, str(spec), *given, *(f"--goal={goal}" for goal in goals or [])])
+    more = [*(f"--goal={goal}" for goal in goals or []), *(f"--set={one}" for one in overrides or [])]
+    return shlex.join(["gateskip", name, str(spec), *given, *more])
 
 
 def _tell(report: dict[str, Any], out: Path, as_json: bool) -> None:

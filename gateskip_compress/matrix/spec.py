@@ -10,11 +10,12 @@ A stack at a strength takes each of its parts at that strength; `prune.strong` f
 step's own, checked when the file is read; nothing here knows them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field
 
 from ..errors import PipelineError
@@ -154,15 +155,21 @@ class Spec(Part):
         )
 
 
-def read_spec(path: str | Path) -> Spec:
+def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """A matrix out of a YAML file, all of its names checked.
+
+    Args:
+        path: The file.
+        overrides: Each `key=value` or `part.key=value`, values as in YAML.
 
     Raises:
         PipelineError: it cannot be read, or a part, strength or field in it is unknown.
         ValueError: a metric, a task or a value is none of the known.
     """
     path = Path(path)
-    spec = with_texts_beside(path, read_yaml(path, Spec))
+    spec = with_texts_beside(
+        path, read_yaml(path, Spec, lambda content: [_override(content, one) for one in overrides])
+    )
     if spec.tasks is not None and spec.tasks.folder is not None:
         beside = path.parent / spec.tasks.folder
         folder = str(beside) if beside.is_dir() else spec.tasks.folder
@@ -193,3 +200,16 @@ def read_spec(path: str | Path) -> Spec:
             raise ValueError(f"budgets: {budget} must be above 0 and at most 1")
     spec.parsed_goals([])
     return spec
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Change one value of a matrix's content in place; that it is a known key is checked afterwards."""
+    where, equals, value = override.partition("=")
+    if not equals:
+        raise PipelineError(f"--set {override!r} must be key=value, such as timing.runs=3")
+    *above, last = where.split(".")
+    for key in above:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise PipelineError(f"--set {override!r}: {key!r} holds no keys")
+    content[last] = yaml.safe_load(value)
