@@ -1,6 +1,6 @@
 """The kernels that a compressed model spends its time in, by pytest-benchmark; not part of the tests.
 
-    python -m pytest benchmarks/kernels.py --benchmark-autosave
+    python -m pytest -o addopts= benchmarks/kernels.py --benchmark-autosave
 
 Timed: one call on tensors of SmolLM2's and of a larger model's size, after a warm-up. The plain matrix product beside
 them is what a kernel has to beat, or to come close to. Not timed: loading, a whole model.
@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere
 from gateskip_compress.gating.dial import dial_of
-from gateskip_compress.pipeline import apply, start
 from gateskip_compress.quantization.groups import dequantize, pack, quantize, unpack
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context
@@ -93,8 +92,7 @@ def test_gated_block(benchmark: Any, how: str, kept: float) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(2, 64, (1, 256), generator=torch.Generator().manual_seed(1))
-    start(model, None, source="random")  # pyright: ignore[reportArgumentType] nothing is saved
-    apply(g.GateSkip(budget=1.0, rank=8, surrogate="zero"), model, Context(ids.expand(4, -1)))
+    g.GateSkip(budget=1.0, rank=8, surrogate="zero").apply(model, Context(ids.expand(4, -1)))
     dial = dial_of(model)
     with torch.inference_mode(), g.budget(model, 1.0):
         if kept < 1:
