@@ -3,7 +3,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test peers clean
+.PHONY: demo test smoke peers clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
 	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
@@ -13,6 +13,10 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/python -m pytest -n auto -m "not slow and not gpu"
+
+# A few cells of the benchmark matrix: some five minutes on two cores.
+smoke: $(VENV)/.installed
+	$(VENV)/bin/gateskip matrix benchmarks/smoke-matrix.yaml --out runs/smoke
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -209,7 +209,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise PipelineError(f"--set {override!r} must be key=value, such as timing.runs=3")
     *above, last = where.split(".")
     for key in above:
-        content = content.setdefault(key, {})
+        content[key] = {} if content.get(key) is None else content[key]
+        content = content[key]
         if not isinstance(content, dict):
             raise PipelineError(f"--set {override!r}: {key!r} holds no keys")
     content[last] = yaml.safe_load(value)
