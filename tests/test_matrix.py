@@ -107,6 +107,8 @@ def test_numbers_of_speculation_are_those_of_its_gates(place, report):
     assert "one sequence at a time" in two["refused"]  # a batch of two
     assert [step["step"] for step in whole["quality"]["compression"]["steps"]] == ["gateskip", "self_speculation"]
     assert whole["quality"]["environment"]["threads"] == 1
+    assert [list(step) for step in whole["quality"]["steps"]] == [["gateskip"], ["self_speculation"]]
+    assert whole["speed"]["seed"] == 0
     assert cells["original"]["values"]["disk_share"] == 1
 
 
@@ -301,9 +303,7 @@ def _servers():
 @pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
     child = "import torch; from gateskip_compress.measure import peak_bytes; print(peak_bytes(torch.device('cpu')))"
-    parent = (
-        f"import subprocess, sys; held = bytearray(2_000_000_000); subprocess.run([sys.executable, '-c', {child!r}])"
-    )
+    parent = f"import subprocess, sys; held = bytearray(2 * 10**9); subprocess.run([sys.executable, '-c', {child!r}])"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     assert 50e6 < int(done.stdout) < 1e9
 

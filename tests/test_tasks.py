@@ -1,13 +1,16 @@
 import gzip
 import json
+import warnings
 
 import pytest
 import torch
+import yaml
 from tiny_models import compress, tiny, tiny_tokenizer, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gateskip_compress as g
+from gateskip_compress.matrix.harness import hub_answers
 from gateskip_compress.tasks import (
     TASKS,
     Item,
@@ -164,3 +167,35 @@ def test_gsm8k_shows_five_other_questions_and_reads_the_last_number(tmp_path):
     answers = [work_out(model, tokenizer, Item("5 9 11", (answer,), 0)) for answer in (last, last + "0")]
     assert answers == [(False, True), (False, False)]  # no #### was written
     assert accuracy_of(answers).accuracy_normalised == 0.5
+
+
+@pytest.mark.slow
+def test_lm_eval_answers_the_same_item_by_item(tmp_path):
+    """Its own scoring of the same prompts, on a task that reads a local file."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed: pip install lm-eval")
+    words = [[f"w{int(t)}" for t in tokens(1, 12, seed=i)[0]] for i in range(12)]
+    records = [
+        {"goal": " ".join(w[:4]), "sol1": " ".join(w[4 : 6 + i % 4]), "sol2": " ".join(w[10:]), "label": i % 2}
+        for i, w in enumerate(words)
+    ]
+    write(tmp_path, "piqa", map(json.dumps, records))
+    mine = {
+        "task": "own_piqa",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "piqa_val.jsonl")}},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "own_piqa.yaml").write_text(yaml.safe_dump(mine))
+    model, tokenizer = tiny(), tiny_tokenizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lm-eval's own
+        manager = tasks.TaskManager(include_path=str(tmp_path))
+        found = hub_answers(model, tokenizer, ["own_piqa"], 12, task_manager=manager)
+    ours = [TASKS["piqa"].answer(model, tokenizer, item) for item in read_items(tmp_path, "piqa", 12)]
+    assert found == {"own_piqa": ours}
+    assert len(set(ours)) > 2  # so that the two scores are told apart

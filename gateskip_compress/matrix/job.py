@@ -32,7 +32,7 @@ from ..transforms import build
 from .cells import Cell, Node
 from .harness import hub_answers
 from .spec import Questions, Spec
-from .store import Row
+from .store import Row, new_row
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ _MEASURED = ("samples", "quality", "macs_per_token", "answers")
 
 def row_of(job: Job, cell: Cell, status: str, **content: Any) -> Row:
     """A row about the quality of a cell."""
-    return {"cell": cell.id, "part": "quality", "settings": job.settings, "status": status, **content}
+    return new_row(cell, "quality", job.settings, status, job.spec.seed, **content)
 
 
 def make_node(job: Job, folder: Path) -> None:

@@ -29,7 +29,7 @@ from .fresh import ProcessFailed, fresh_rows
 from .harness import check_hub
 from .job import Job, changes_only_decoding, run_job
 from .spec import Spec
-from .store import Row, append, check_version, opened, read_rows
+from .store import Row, append, check_version, new_row, opened, read_rows
 from .timing import Prompts, Subject, rival, time_pair
 
 FINAL = ("done", "refused")
@@ -185,7 +185,7 @@ class Matrix:
         except ProcessFailed as error:
             self._missed(cell, "speed", "failed", str(error))
         else:
-            self.keep({**self._about(cell, "speed", "done"), **found})
+            self.keep(new_row(cell, "speed", self.settings["speed"], "done", self.spec.seed, **found))
 
     def _needed(self) -> list[str]:
         """Keys of the nodes to visit, parents first: those with cells to measure, and what these stand on."""
@@ -238,10 +238,7 @@ class Matrix:
             self._missed(cell, "quality", status, reason)
 
     def _missed(self, cell: Cell, part: str, status: str, reason: str) -> None:
-        self.keep({**self._about(cell, part, status), "reason": reason})
-
-    def _about(self, cell: Cell, part: str, status: str) -> Row:
-        return {"cell": cell.id, "part": part, "settings": self.settings[part], "status": status}
+        self.keep(new_row(cell, part, self.settings[part], status, self.spec.seed, reason=reason))
 
     def _prompts(self, original: Path) -> Prompts:
         """Held-out text as prompts of every size, over again where it is too short."""

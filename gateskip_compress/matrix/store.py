@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import PipelineError
 from ..report.render import write_whole
-from .cells import FORMAT
+from .cells import FORMAT, Cell
 
 Row = dict[str, Any]
 
@@ -70,6 +70,13 @@ def check_version(out: Path) -> None:
             f"{out} holds results of version {written} (format {form}), this is {version('gateskip-compress')} "
             f"(format {FORMAT}); choose another --out, or delete it"
         )
+
+
+def new_row(cell: Cell, part: str, settings: str, status: str, seed: int, **content: Any) -> Row:
+    """A row that says what it is about, for whoever reads the file without us."""
+    steps = [{name: fields} for name, fields in cell.steps]
+    about = {"model": cell.model, "steps": steps, "strength": cell.strength, "budget": cell.budget, "seed": seed}
+    return {"cell": cell.id, "part": part, "settings": settings, "status": status, **about, **content}
 
 
 def append(out: Path, row: Row) -> None:
