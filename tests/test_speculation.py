@@ -1,86 +1,292 @@
+"""Self-speculative decoding as a whole: its text is plain decoding's, and it refuses what it cannot do."""
+
+from functools import partial
+
 import pytest
 import torch
-from tiny_models import compress, tiny, tokens
+from tiny_models import SLIDING, VOCABULARY, compress, tiny, tiny_tokenizer, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StopStringCriteria,
+    TextStreamer,
+)
 
 import gateskip_compress as g
-from gateskip_compress.speculation.accept import accepted_tokens
+from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.speculation import decode
 from gateskip_compress.speculation.decode import Acceptance
-
-
-@pytest.mark.parametrize(
-    ("drafted", "verified", "stands"),
-    [([1, 2, 3], [9, 2, 3, 4], 0), ([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 7, 3, 4], 1), ([], [5], 0)],
-    ids=["never", "always", "sometimes", "no draft"],
-)
-def test_the_accept_rule(drafted, verified, stands):
-    found = accepted_tokens(torch.tensor(drafted, dtype=torch.long), torch.tensor(verified))
-    assert found == stands
-
+from gateskip_compress.speculation.rows import Rows
 
 STACKS = {
     "gates": (g.GateSkip(budget=0.9, rank=4),),
     "gates at 1": (g.GateSkip(budget=1, rank=4),),
     "all": (g.Prune(blocks=1), g.GateSkip(budget=0.85, rank=4), g.Quantize(group_size=32)),
 }
+HOW = {
+    "gates": dict(drafts="gates", draft_budget=0.6, draft_tokens=3, adapt=False),
+    "one token": dict(drafts="gates", draft_budget=0.8, draft_tokens=1, adapt=False),
+    "look-up": dict(drafts="look-up", draft_tokens=4, adapt=False),
+    "both": dict(drafts="both", draft_budget=0.6, draft_tokens=4, adapt=False),
+    "adapting": dict(),
+}
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("draft_tokens", [1, 4])
-@pytest.mark.parametrize("draft_budget", [0.5, 0.8])
-def test_text_equals_plain_greedy_decoding(stack, draft_tokens, draft_budget):
-    step = g.SelfSpeculation(draft_budget=draft_budget, draft_tokens=draft_tokens)
-    model = compress(tiny(), *STACKS[stack], step)
-    for seed in range(2):
-        ids = tokens(1, 9, seed=20 + seed)
-        plain = model.generate(ids, max_new_tokens=21, do_sample=False)
-        counts = Acceptance()
-        found = model.generate(
-            ids, max_new_tokens=21, do_sample=False, custom_generate=g.self_speculative, acceptance=counts
-        )
-        assert torch.equal(found, plain)
-        assert 0 <= counts.accepted <= counts.drafted
-        assert counts.verifies >= 21 / (draft_tokens + 1)
+def speculate(model, ids, how="both", **settings):
+    """New text and the counts."""
+    counts = Acceptance()
+    given = {"do_sample": False, **HOW[how], **settings}
+    return model.generate(ids, custom_generate=g.self_speculative, acceptance=counts, **given), counts
+
+
+@pytest.fixture(scope="module")
+def stacks():
+    return {name: compress(tiny(), *steps, g.SelfSpeculation()) for name, steps in STACKS.items()}
 
 
 @pytest.fixture
-def model():
-    return compress(tiny(), g.GateSkip(budget=0.9, rank=4), g.SelfSpeculation(draft_budget=0.6))
+def model(stacks):
+    return stacks["gates"]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("how", HOW)
+def test_text_equals_plain_greedy_decoding(stacks, stack, how):
+    model = stacks[stack]
+    for seed in range(2):
+        ids = tokens(1, 9, seed=20 + seed)
+        plain = model.generate(ids, max_new_tokens=21, do_sample=False)
+        found, counts = speculate(model, ids, how, max_new_tokens=21)
+        assert torch.equal(found, plain)
+        assert 0 <= counts.accepted <= counts.drafted
+        # the first token comes with the prompt
+        assert counts.accepted + counts.verifies + counts.plain_steps == 20
+        assert counts.verifies > 0 or how == "adapting"
+
+
+def test_every_family_with_a_cache_that_can_be_rolled_back(gated, family):
+    if family in SLIDING:
+        with pytest.raises(ValueError, match="DynamicSlidingWindowLayer.*cannot be rolled back"):
+            speculate(gated, tokens(1, 9), max_new_tokens=5, draft_budget=0.5)
+        return
+    ids = tokens(1, 9, seed=3)
+    plain = gated.generate(ids, max_new_tokens=12, do_sample=False)
+    found, counts = speculate(gated, ids, max_new_tokens=12, draft_budget=0.5)
+    assert torch.equal(found, plain)
+    assert counts.drafted > 0
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_rows_of_a_batch_accept_different_lengths(model, how):
+    ids, mask = tokens(4, 12, seed=5), torch.ones(4, 12, dtype=torch.long)
+    for row, padding in enumerate((0, 5, 2, 11)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    end = int(plain[2, 20])  # some rows end early
+    settings = dict(attention_mask=mask, max_new_tokens=24, eos_token_id=end)
+    plain = model.generate(ids, do_sample=False, **settings)
+    assert (plain[:, -1] == 0).any()
+    assert torch.equal(speculate(model, ids, how, **settings)[0], plain)
 
 
 def test_an_end_token_inside_a_draft_stops_the_text(model):
     ids = tokens(1, 9)
     plain = model.generate(ids, max_new_tokens=30, do_sample=False)
-    end = int(plain[0, 9 + 6])
-    settings = dict(max_new_tokens=30, do_sample=False, eos_token_id=end)
-    stopped = model.generate(ids, **settings)
-    assert torch.equal(model.generate(ids, custom_generate=g.self_speculative, **settings), stopped)
+    for place in range(1, 12):
+        end = int(plain[0, 9 + place])
+        stopped = model.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=end)
+        assert torch.equal(speculate(model, ids, max_new_tokens=30, eos_token_id=end)[0], stopped)
 
 
-def test_processors_act_alike_in_draft_and_verify(model):
-    settings = dict(max_new_tokens=30, do_sample=False, repetition_penalty=1.5, no_repeat_ngram_size=2)
+def test_a_stop_string_inside_a_draft_stops_the_text(model):
+    vocabulary = {chr(33 + i): i for i in range(VOCABULARY - 2)} | {"ab": VOCABULARY - 2, "bc": VOCABULARY - 1}
+    letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("b", "c")]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer, ids = PreTrainedTokenizerFast(tokenizer_object=letters), tokens(1, 9)
+    two = tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=False)[0, 9 + 6 : 9 + 8])
+    settings = dict(max_new_tokens=30, stopping_criteria=[StopStringCriteria(tokenizer, [two])])
+    stopped = model.generate(ids, do_sample=False, **settings)
+    assert stopped.shape[1] < 39
+    assert torch.equal(speculate(model, ids, **settings)[0], stopped)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_the_length_is_kept_to_the_token(model, new):
+    assert speculate(model, tokens(1, 9), max_new_tokens=new)[0].shape == (1, 9 + new)
+
+
+def test_criteria_see_every_text_once(model):
+    class Watch(StoppingCriteria):
+        def __init__(self):
+            self.lengths = []
+
+        def __call__(self, input_ids, scores, **_):
+            self.lengths.append(input_ids.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    watch = Watch()
+    speculate(model, tokens(1, 9), max_new_tokens=14, stopping_criteria=[watch])
+    assert watch.lengths == list(range(10, 24))
+
+
+def test_a_streamer_gets_the_text(model, capsys):
+    tokenizer, ids = tiny_tokenizer(), tokens(1, 9)
+    model.generate(ids, max_new_tokens=20, do_sample=False, streamer=TextStreamer(tokenizer))
+    plain, streamer = capsys.readouterr().out, TextStreamer(tokenizer)
+    how = dict(custom_generate=partial(g.self_speculative, streamer=streamer), **HOW["both"])
+    model.generate(ids, max_new_tokens=20, do_sample=False, streamer=streamer, **how)
+    assert capsys.readouterr().out == plain
+
+
+def test_the_cache_serves_the_next_turn(model):
     ids = tokens(1, 9)
-    assert torch.equal(
-        model.generate(ids, custom_generate=g.self_speculative, **settings), model.generate(ids, **settings)
-    )
+    end = int(model.generate(ids, max_new_tokens=30, do_sample=False)[0, 9 + 8])
+    texts = []
+    for how in (dict(), dict(custom_generate=g.self_speculative, **HOW["both"])):
+        cache, text = DynamicCache(config=model.config), ids
+        for _ in range(2):
+            settings = dict(max_new_tokens=15, do_sample=False, eos_token_id=end)
+            text = model.generate(text, past_key_values=cache, **settings, **how)
+            assert cache.get_seq_length() == text.shape[1] - 1
+            text = torch.cat((text, tokens(1, 3, seed=8)), dim=1)
+        texts.append(text)
+    assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(do_sample=True), "greedily"),
-        (dict(draft_budget=0.95), "must be below the budget that verifies"),
-        (dict(draft_tokens=0), "at least 1"),
-        (dict(cache_implementation="static"), "cannot be rolled back"),
-    ],
-    ids=["sampling", "budget", "length", "cache"],
-)
+PROCESSORS = {
+    "repetition": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "lengths": dict(min_new_tokens=6, eos_token_id=7, exponential_decay_length_penalty=(4, 1.2)),
+    "words": dict(bad_words_ids=[[5], [9, 11]], suppress_tokens=[12, 13], sequence_bias={(20,): 2.0, (4, 5): -3.0}),
+}
+
+
+@pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
+def test_processors_act_alike_in_draft_and_verify(model, settings):
+    for ids in (tokens(1, 9), tokens(2, 9)):
+        plain = model.generate(ids, max_new_tokens=25, do_sample=False, **settings)
+        assert torch.equal(speculate(model, ids, max_new_tokens=25, **settings)[0], plain)
+
+
+class Counts(LogitsProcessor):
+    """Remembers how often it was called."""
+
+    def __init__(self):
+        self.calls = {"n": 0}
+
+    def __call__(self, input_ids, scores):
+        self.calls["n"] += 1
+        return scores
+
+
+class Draws(LogitsProcessor):
+    """Answers at random."""
+
+    def __call__(self, input_ids, scores):
+        return scores + torch.rand_like(scores)
+
+
+class Parity(LogitsProcessor):
+    """Reads the text alone: tokens as even as the last."""
+
+    def __call__(self, input_ids, scores):
+        even = torch.arange(scores.shape[1]) % 2 == input_ids[:, -1:] % 2
+        return scores.masked_fill(~even, -torch.inf)
+
+
+def test_a_processor_that_reads_the_text_alone_is_allowed(model):
+    settings = dict(max_new_tokens=20, logits_processor=[Parity()])
+    plain = model.generate(tokens(1, 9), do_sample=False, **settings)
+    assert torch.equal(speculate(model, tokens(1, 9), **settings)[0], plain)
+
+
+REFUSED = {
+    "beams": (dict(num_beams=2), "set num_beams 2 to 1"),
+    "budget": (dict(draft_budget=0.95), r"0\.95 must be below the budget that verifies, 0\.9"),
+    "budget equal": (dict(draft_budget=0.9), r"0\.9 must be below the budget that verifies, 0\.9"),
+    "budget too low": (dict(draft_budget=0.01), r"budget 0\.01 is below 0\."),
+    "length": (dict(draft_tokens=0), "draft_tokens 0 must be at least 1"),
+    "static cache": (dict(cache_implementation="static"), "StaticCache.*cannot be rolled back"),
+    "no cache": (dict(use_cache=False), "NoneType.*cannot be rolled back"),
+    "a dict asked for": (dict(return_dict_in_generate=True), "leaves out return_dict_in_generate"),
+    "counting processor": (dict(logits_processor=[Counts()]), r"Counts remembers earlier calls \(calls changed"),
+    "random processor": (dict(logits_processor=[Draws()]), r"Draws remembers earlier calls \(its answer changed"),
+    "guidance": (dict(guidance_scale=2.0), "UnbatchedClassifierFreeGuidanceLogitsProcessor remembers earlier calls"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_it_cannot_do_is_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
-        model.generate(
-            tokens(1, 9), custom_generate=g.self_speculative, **{"max_new_tokens": 5, "do_sample": False, **change}
-        )
+        speculate(model, tokens(1, 9), max_new_tokens=5, **change)
 
 
-def test_batches_are_refused(model):
-    with pytest.raises(ValueError, match="batch of 2"):
-        model.generate(tokens(2, 9), custom_generate=g.self_speculative, max_new_tokens=5, do_sample=False)
+def test_what_it_cannot_do_with_batches_is_refused(model):
+    settings = dict(prefix_allowed_tokens_fn=lambda row, ids: [5 + row], max_new_tokens=3)
+    assert speculate(model, tokens(1, 9), **settings)[0][0, 9:].tolist() == [5, 5, 5]
+    with pytest.raises(ValueError, match="PrefixConstrained.*tells rows apart"):
+        speculate(model, tokens(2, 9), **settings)
+
+
+def test_gates_are_asked_for_only_where_they_draft():
+    model = tiny()
+    with pytest.raises(g.UnsupportedModel, match="no gates"):
+        speculate(model, tokens(1, 9), max_new_tokens=5)
+    plain = model.generate(tokens(1, 9), max_new_tokens=20, do_sample=False)
+    assert torch.equal(speculate(model, tokens(1, 9), "look-up", max_new_tokens=20)[0], plain)
+
+
+def test_no_budget_is_left_to_draft_with(model):
+    low = dial_of(model).floor
+    with g.budget(model, low), pytest.raises(ValueError, match=rf"no budget was calibrated more than 0\.05 below {low}"):
+        speculate(model, tokens(1, 9), max_new_tokens=5, draft_budget=None)
+
+
+def test_a_reloaded_model_needs_no_set_up(tmp_path):
+    step = g.SelfSpeculation(draft_budget=0.6, draft_tokens=3, drafts="gates", adapt=False)
+    model = compress(tiny(), g.GateSkip(budget=0.9, rank=4), step)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.self_speculation == step
+    counts, ids = Acceptance(), tokens(1, 9)
+    settings = dict(max_new_tokens=20, do_sample=False)
+    found = loaded.generate(ids, custom_generate=g.self_speculative, acceptance=counts, **settings)
+    assert torch.equal(found, model.generate(ids, **settings))
+    assert counts.drafted > 0
+
+
+def test_a_text_read_again_is_plain_decoding_bit_for_bit(model):
+    """The kernels for four tokens leave other last bits in the cache than those for one."""
+    ids, more = tokens(1, 9), tokens(1, 8, seed=2)
+
+    def rows():
+        made = Rows(model, DynamicCache(config=model.config), None)
+        made.begin(ids, torch.arange(9)[None])
+        return made
+
+    with torch.inference_mode():
+        plain = rows()
+        wanted = [plain.feed(token) for token in more.split(1, dim=1)][-1]
+        found = rows()
+        found.feed(more[:, :1])
+        found.feed(more[:, 1:5])
+        assert found.clean == 10
+        found.take_back(torch.tensor([2]))
+        assert found.clean == 10
+        found.take_back(torch.tensor([2]))
+        assert torch.equal([found.feed(token) for token in more[:, 1:].split(1, dim=1)][-1], wanted)
+        assert found.clean == 17
+
+
+def test_ties_are_decided_as_plain_decoding_decides_them(model, monkeypatch):
+    ids = tokens(1, 9)
+    plain = model.generate(ids, max_new_tokens=20, do_sample=False)
+    monkeypatch.setattr(decode, "TIE", 1e9)  # everything is tied
+    found, counts = speculate(model, ids, max_new_tokens=20)
+    assert torch.equal(found, plain)
+    assert counts.repeated > 0
+    monkeypatch.setattr(decode, "TIE", 0)
+    assert speculate(model, ids, max_new_tokens=20)[1].repeated == 0

@@ -1,0 +1,241 @@
+"""Whether to draft, with what, and how far: by measured time and acceptance.
+
+Costs are in plain steps: passes of the model over one token, as plain decoding makes them. A draft of k tokens that
+stand with chances a_1, a_1 a_2, .. yields 1 + sum of these on average, and costs k drafting steps and a verify pass of
+k + 1 tokens. It is lengthened while the next token's chance is worth more than its cost at the present rate, which
+maximises tokens by time. Chances are counted by evidence that is there before a token is drafted or judged: the draft's
+own confidence, or how long a passage was found again.
+
+What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may
+try again as long as all debts are below 1 + 1.5 % of the tokens so far: so the whole stays at 0.97 of plain speed at
+worst, apart from noise in the clock. None of this can change the text, or its distribution where it is sampled: it
+looks at tokens before the one in question, never at that one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..gating.dial import dial_of
+from .transform import SelfSpeculation
+
+_PATIENCE = 64
+"""Tokens after which a plain step renews the yardstick."""
+_FIRST_LOSS, _LOSS = 1.0, 0.015
+_KEEP_ROUND, _KEEP_VERIFY, _KEEP_ODDS = 0.8, 0.97, 0.99
+"""What a new observation leaves of the older ones' weight."""
+_TRIALS = 2
+
+
+@dataclass
+class Drafter:
+    """A way to draft, and how it fares.
+
+    Args:
+        budget: Of the gates; None looks passages up instead.
+        debt: Plain steps lost and not won back.
+        rounds: Drafts judged so far.
+        tokens: Gained of late.
+        steps: Paid for them, in plain steps.
+        tried: Tokens judged of late.
+        stood: Of these.
+        step_s: Seconds of the last drafting steps.
+    """
+
+    budget: float | None
+    debt: float = 0.0
+    rounds: int = 0
+    tokens: float = 0.0
+    steps: float = 0.0
+    tried: float = 1.0
+    stood: float = 0.5
+    step_s: deque[float] = field(default_factory=lambda: deque(maxlen=15))
+
+    @property
+    def rate(self) -> float:
+        """Tokens per plain step's time."""
+        return self.tokens / self.steps if self.steps else 1.0
+
+    @property
+    def known(self) -> bool:
+        """Whether it was tried."""
+        return self.rounds >= _TRIALS
+
+
+class Odds:
+    """How often drafted tokens stood, by evidence; what was long ago is forgotten, back to an even chance."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, list[float]] = {}
+
+    def of(self, evidence: Hashable) -> float:
+        """Chance that such a token stands."""
+        tried, stood = self._seen.get(evidence, (0.0, 0.0))
+        return (stood + 1) / (tried + 2)
+
+    def learn(self, evidence: list[Hashable], stands: int) -> None:
+        """One draft's tokens, of which `stands` stood; those after the first that fell were not judged."""
+        for counts in self._seen.values():
+            counts[:] = (count * _KEEP_ODDS for count in counts)
+        for place, key in enumerate(evidence[: stands + 1]):
+            counts = self._seen.setdefault(key, [0.0, 0.0])
+            counts[0], counts[1] = counts[0] + 1, counts[1] + (place < stands)
+
+
+class VerifyCost:
+    """Seconds of a verify pass by the number of drafted tokens: a straight line through what was seen of late."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5
+
+    def learn(self, drafted: int, seconds: float) -> None:
+        """One pass."""
+        new = (1.0, drafted, drafted * drafted, seconds, drafted * seconds)
+        self._sums = [_KEEP_VERIFY * old + x for old, x in zip(self._sums, new, strict=True)]
+
+    def line(self, plain_s: float) -> tuple[float, float]:
+        """Base and slope; at first, a pass over no drafted token is taken to cost a plain step."""
+        count, k, kk, t, kt = self._sums
+        count, t = count + 0.3, t + 0.3 * plain_s
+        spread = count * kk - k * k
+        slope = max(0.0, (count * kt - k * t) / spread) if spread > 0 else 0.0
+        return (t - slope * k) / count, slope
+
+
+class Control:
+    """Chooses, and learns from what came of it.
+
+    Args:
+        drafters: To choose from.
+        most_tokens: The longest draft.
+        adapt: False drafts as much as it can, always.
+    """
+
+    def __init__(self, drafters: list[Drafter], most_tokens: int, *, adapt: bool = True) -> None:
+        self.drafters, self.most_tokens, self.adapt = drafters, most_tokens, adapt
+        self.odds, self.verify = Odds(), VerifyCost()
+        self.tokens = self.since_plain = 0.0
+        self._plain: deque[float] = deque(maxlen=15)
+
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a plain step."""
+        return median(self._plain)
+
+    def choose(self, found: int) -> Drafter | None:
+        """Who drafts next; None is nobody, a plain step.
+
+        Args:
+            found: Tokens of the passage that was found again; 0 is none.
+        """
+        looking = next((d for d in self.drafters if d.budget is None and found), None)
+        gates = [d for d in self.drafters if d.budget is not None]
+        if not self.adapt:
+            return looking or next(iter(gates), None)
+        if len(self._plain) < _TRIALS or self.since_plain >= _PATIENCE:
+            return None
+        best = max(filter(self._may, gates), key=lambda d: d.rate if d.known else float("inf"), default=None)
+        if looking is not None and self._may(looking):
+            gain = self.look_up_length(found, self.most_tokens)[1]
+            if gain > 1 and (best is None or not best.known or gain >= best.rate):
+                return looking
+        return best
+
+    def _may(self, drafter: Drafter) -> bool:
+        """Whether it gains, or its losses can be borne."""
+        if drafter.known and drafter.rate > 1:
+            return True
+        return sum(d.debt for d in self.drafters) <= _FIRST_LOSS + _LOSS * self.tokens
+
+    def look_up_length(self, found: int, most: int) -> tuple[int, float]:
+        """How many tokens of a passage to take, and the tokens per plain step's time to be expected."""
+        if not self.adapt:
+            return most, 1.0
+        base, slope = self.verify.line(self.plain_s)
+        best, chance, tokens = (0, 0.0), 1.0, 1.0
+        for k in range(1, most + 1):
+            chance *= self.odds.of(looked_up(found, k - 1))
+            tokens += chance
+            best = max(best, (k, tokens * self.plain_s / (base + slope * k)), key=lambda pair: pair[1])
+        return best
+
+    def goes_on(self, drafter: Drafter, chance: float) -> bool:
+        """Whether another token by the gates is worth its cost, after tokens that all stand with a chance."""
+        if not self.adapt or not drafter.step_s:
+            return True
+        cost = (median(drafter.step_s) + self.verify.line(self.plain_s)[1]) / self.plain_s
+        return chance * drafter.stood / drafter.tried > cost * max(1.0, drafter.rate)
+
+    def plain(self, seconds: float) -> None:
+        """A plain step was made."""
+        self._plain.append(seconds)
+        self.tokens, self.since_plain = self.tokens + 1, 0.0
+
+    def learn(
+        self, drafter: Drafter, evidence: list[list[Hashable]], stands: list[int], draft_s: float, verify_s: float
+    ) -> None:
+        """A draft was judged.
+
+        Args:
+            drafter: Who made it.
+            evidence: Of each drafted token of each row.
+            stands: How many of a row's tokens stood.
+            draft_s: Seconds of all its drafting steps.
+            verify_s: Seconds of the verify pass, and of accepting.
+        """
+        gained, drafted = 1 + sum(stands) / len(stands), max(map(len, evidence))
+        self.tokens, self.since_plain = self.tokens + gained, self.since_plain + gained
+        for row, stood in zip(evidence, stands, strict=True):
+            self.odds.learn(row, stood)
+            judged = min(stood + 1, len(row))
+            drafter.tried, drafter.stood = 0.9 * drafter.tried + judged, 0.9 * drafter.stood + stood
+        self.verify.learn(drafted, verify_s)
+        if drafter.budget is not None:
+            drafter.step_s.append(draft_s / drafted)
+        if not self._plain:
+            return
+        steps = (draft_s + verify_s) / self.plain_s
+        drafter.rounds += 1
+        drafter.debt = max(0.0, drafter.debt + steps - gained)
+        drafter.tokens = _KEEP_ROUND * drafter.tokens + gained
+        drafter.steps = _KEEP_ROUND * drafter.steps + steps
+
+
+def looked_up(found: int, place: int) -> Hashable:
+    """Evidence of a looked-up token: how much of the text before it was found again, and its place in the draft."""
+    return "look up", found, min(place, 2)
+
+
+def sure(budget: float, share: float) -> Hashable:
+    """Evidence of a token that gates drafted: the largest share in the draft's distribution."""
+    return budget, min(4, int(5 * share))
+
+
+def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int) -> Control:
+    """What the model's earlier texts taught, for as many rows at the same settings; it stays with the model."""
+    gated = settings.drafts != "look-up"
+    budgets = tuple(settings.budgets(model)) if gated else ()
+    key = (settings, budgets, dial_of(model).budget if gated else None, rows)
+    known: Any = getattr(model, "speculation_control", None)
+    if known is None or known[0] != key:
+        looking = [Drafter(None)] if settings.drafts != "gates" else []
+        drafters = [*looking, *map(Drafter, budgets)]
+        known = model.speculation_control = key, Control(drafters, settings.draft_tokens, adapt=settings.adapt)
+    return known[1]
+
+
+class Clock:
+    """Seconds since it was last read."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Read it."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
