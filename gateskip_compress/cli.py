@@ -194,12 +194,16 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="In the model's chat template where it has one.")],
     budget: Budget = None,
-    speculate: Annotated[bool, typer.Option(help="Draft with the gates; the text stays the same.")] = False,
+    speculate: Annotated[bool, typer.Option(help="Draft and verify; the text stays the same.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     new_tokens: int = 128,
     unpack: Unpack = False,
     as_json: Json = False,
 ) -> None:
-    """Decode greedily after a prompt."""
+    """Decode after a prompt."""
+    from functools import partial
+
     import torch
     from transformers import TextStreamer
 
@@ -210,29 +214,49 @@ def generate(
 
     if new_tokens < 1:
         raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"--temperature {temperature} must not be negative")
     loaded, tokenizer = load(model)
     ids, acceptance = chat_prompt(tokenizer, prompt).to(loaded.device), Acceptance()
-    extra: dict[str, Any] = {"custom_generate": self_speculative, "acceptance": acceptance} if speculate else {}
-    if not as_json:
-        extra["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    extra: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:  # nothing but the temperature, whatever the model's own config says
+        extra = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
+    if speculate:  # transformers does not hand the streamer on
+        extra |= {"custom_generate": partial(self_speculative, streamer=streamer), "acceptance": acceptance}
     with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        mask = torch.ones_like(ids)
-        out = loaded.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, **extra
-        )
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "pad_token_id": pad}
+        out = loaded.generate(ids, streamer=streamer, **settings, **extra)
     new = out[0, ids.shape[1] :].tolist()
     result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
         "accepted_share": acceptance.accepted_share,
+        "tokens_per_verify": acceptance.tokens_per_verify,
         "drafted_tokens": acceptance.drafted,
+        "accepted_tokens": acceptance.accepted,
         "verifies": acceptance.verifies,
+        "plain_steps": acceptance.plain_steps,
+        "reread_tokens": acceptance.repeated,
+        **acceptance.time_shares,
     }
     if as_json:
         _show(result, as_json)
     elif speculate:
-        problems.print(f"accepted {acceptance.accepted} of {acceptance.drafted} drafted tokens")
+        problems.print(_told(acceptance))
+
+
+def _told(counts: Any) -> str:
+    """How drafts fared, in a line."""
+    if counts.verifies == 0:
+        return f"no drafts: {counts.plain_steps} plain steps"
+    shares = ", ".join(f"{name.removesuffix('_time_share')} {share:.0%}" for name, share in counts.time_shares.items())
+    return (
+        f"{counts.accepted} of {counts.drafted} drafted tokens stood, {counts.tokens_per_verify:.2f} tokens a verify pass, "
+        f"{counts.plain_steps} plain steps; time: {shares}"
+    )
 
 
 @app.command()

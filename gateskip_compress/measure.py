@@ -18,7 +18,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .speculation.decode import Acceptance, self_speculative
+from .speculation.acceptance import Acceptance
+from .speculation.decode import self_speculative
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Stopwatch:
         """Run both for a moment; counts of acceptance start after it."""
         self.prefill()
         self._decode(min(4, self.new_tokens))
-        self.acceptance.drafted = self.acceptance.accepted = self.acceptance.verifies = 0
+        self.acceptance.clear()
 
     @torch.inference_mode()
     def _decode(self, tokens: int) -> float:
@@ -99,7 +100,6 @@ def measure_speed(
     watch.warm_up()
     prefill_s = [watch.prefill() for _ in range(runs)]
     decode_s = [watch.decode() for _ in range(runs)]
-    verifies = watch.acceptance.verifies
     return Speed(
         prefill_tokens_per_s=prompt_tokens / median(prefill_s),
         decode_tokens_per_s=new_tokens / median(decode_s),
@@ -107,7 +107,7 @@ def measure_speed(
         decode_s=decode_s,
         peak_bytes=peak_bytes(model.device),
         accepted_share=watch.acceptance.accepted_share,
-        tokens_per_verify=(watch.acceptance.accepted + verifies) / verifies if verifies else None,
+        tokens_per_verify=watch.acceptance.tokens_per_verify,
     )
 
 

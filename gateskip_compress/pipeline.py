@@ -56,9 +56,11 @@ class Pipeline:
         draft = next((step for step in self.steps if isinstance(step, SelfSpeculation)), None)
         if draft is None:
             return
-        if gate is None:
-            raise PipelineError(f"{draft!r} needs a GateSkip step before it: it drafts with the gates; add one")
-        if draft.draft_budget >= gate.budget:
+        if gate is None and draft.drafts != "look-up":
+            raise PipelineError(
+                f"{draft!r} needs a GateSkip step before it: it drafts with the gates; add one, or use drafts='look-up'"
+            )
+        if gate is not None and draft.draft_budget is not None and draft.draft_budget >= gate.budget:
             raise PipelineError(
                 f"{draft!r} must draft below the budget of {gate!r}, or drafts cost what they save; "
                 f"lower draft_budget under {gate.budget}"

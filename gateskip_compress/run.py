@@ -252,7 +252,7 @@ def _decoded(
         The texts; and, where the stack speculates, how that compares with decoding plainly.
     """
     speculates = last["name"] == "self_speculation"
-    samples, same, drafted, accepted, verifies = [], True, 0, 0.0, 0
+    samples, same, drafted, accepted, verifies = [], True, 0, 0, 0
     for prompt in recipe.prompts:
         flags = ("--prompt", prompt, "--new-tokens", "48", "--unpack")
         plain = _fresh("generate", str(final), *flags)
@@ -267,7 +267,7 @@ def _decoded(
             draft = _fresh("generate", str(final), *flags, "--speculate")
             same = same and plain["token_ids"] == draft["token_ids"]
             drafted, verifies = drafted + draft["drafted_tokens"], verifies + draft["verifies"]
-            accepted += draft["drafted_tokens"] * (draft["accepted_share"] or 0)
+            accepted += draft["accepted_tokens"]
     if not speculates:
         return samples, None
     return samples, {
