@@ -60,7 +60,8 @@ class Pipeline:
             raise PipelineError(
                 f"{draft!r} needs a GateSkip step before it: it drafts with the gates; add one, or use drafts='look-up'"
             )
-        if gate is not None and draft.draft_budget is not None and draft.draft_budget >= gate.budget:
+        low = draft.gates.budget if draft.gates is not None else draft.draft_budget
+        if gate is not None and low is not None and low >= gate.budget:
             raise PipelineError(
                 f"{draft!r} must draft below the budget of {gate!r}, or drafts cost what they save; "
                 f"lower draft_budget under {gate.budget}"

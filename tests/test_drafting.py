@@ -114,7 +114,9 @@ def shares_of(model, prompt, new, **warpers):
         penalty = warpers.get("repetition_penalty", 1.0)
         for row, text in enumerate(texts):
             seen = text.unique()
-            logits[row, seen] = torch.where(logits[row, seen] < 0, logits[row, seen] * penalty, logits[row, seen] / penalty)
+            logits[row, seen] = torch.where(
+                logits[row, seen] < 0, logits[row, seen] * penalty, logits[row, seen] / penalty
+            )
         best = (logits / warpers["temperature"]).topk(warpers["top_k"], dim=-1)
         step = best.values.softmax(-1).double()
         texts = torch.cat((texts.repeat_interleave(step.shape[1], 0), best.indices.flatten()[:, None]), dim=1)

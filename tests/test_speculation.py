@@ -1,10 +1,11 @@
 """Self-speculative decoding as a whole: its text is plain decoding's, and it refuses what it cannot do."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
-from tiny_models import SLIDING, VOCABULARY, compress, tiny, tiny_tokenizer, tokens
+from tiny_models import CALIBRATION, SLIDING, VOCABULARY, compress, tiny, tiny_tokenizer, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,15 +18,22 @@ from transformers import (
 )
 
 import gateskip_compress as g
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.dial import dial_of, drafting
+from gateskip_compress.losses import kl_divergence
+from gateskip_compress.pipeline import apply
 from gateskip_compress.speculation import decode
 from gateskip_compress.speculation.decode import Acceptance
 from gateskip_compress.speculation.rows import Rows
+from gateskip_compress.step import Context
 
 STACKS = {
-    "gates": (g.GateSkip(budget=0.9, rank=4),),
-    "gates at 1": (g.GateSkip(budget=1, rank=4),),
-    "all": (g.Prune(blocks=1), g.GateSkip(budget=0.85, rank=4), g.Quantize(group_size=32)),
+    "gates": (g.GateSkip(budget=0.9, rank=4, allocation="global"),),
+    "gates at 1": (g.GateSkip(budget=1, rank=4, allocation="global"),),
+    "all": (
+        g.Prune(blocks=1),
+        g.GateSkip(budget=0.85, rank=4, allocation="global"),
+        g.Quantize(group_size=32, solver="nearest", clip=False),
+    ),
 }
 HOW = {
     "gates": dict(drafts="gates", draft_budget=0.6, draft_tokens=3, adapt=False),
@@ -68,11 +76,9 @@ def test_text_equals_plain_greedy_decoding(stacks, stack, how):
         assert counts.verifies > 0 or how == "adapting"
 
 
-def test_every_family_with_a_cache_that_can_be_rolled_back(gated, family):
-    if family in SLIDING:
-        with pytest.raises(ValueError, match="DynamicSlidingWindowLayer.*cannot be rolled back"):
-            speculate(gated, tokens(1, 9), max_new_tokens=5, draft_budget=0.5)
-        return
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "phi3, partly rotary", "gpt_neox", "gpt2", "opt"])
+def test_families(family):
+    gated = compress(tiny(family), g.GateSkip(budget=0.8, surrogate="mean", allocation="global"))
     ids = tokens(1, 9, seed=3)
     plain = gated.generate(ids, max_new_tokens=12, do_sample=False)
     found, counts = speculate(gated, ids, max_new_tokens=12, draft_budget=0.5)
@@ -155,6 +161,12 @@ def test_the_cache_serves_the_next_turn(model):
             text = torch.cat((text, tokens(1, 3, seed=8)), dim=1)
         texts.append(text)
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_windows_cannot_be_rolled_back(family):
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer.*cannot be rolled back"):
+        speculate(tiny(family), tokens(1, 9), "look-up", max_new_tokens=5)
 
 
 PROCESSORS = {
@@ -241,13 +253,16 @@ def test_gates_are_asked_for_only_where_they_draft():
 
 def test_no_budget_is_left_to_draft_with(model):
     low = dial_of(model).floor
-    with g.budget(model, low), pytest.raises(ValueError, match=rf"no budget was calibrated more than 0\.05 below {low}"):
+    with (
+        g.budget(model, low),
+        pytest.raises(ValueError, match=rf"no budget was calibrated more than 0\.05 below {low}"),
+    ):
         speculate(model, tokens(1, 9), max_new_tokens=5, draft_budget=None)
 
 
 def test_a_reloaded_model_needs_no_set_up(tmp_path):
     step = g.SelfSpeculation(draft_budget=0.6, draft_tokens=3, drafts="gates", adapt=False)
-    model = compress(tiny(), g.GateSkip(budget=0.9, rank=4), step)
+    model = compress(tiny(), g.GateSkip(budget=0.9, rank=4, allocation="global"), step)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.self_speculation == step
@@ -290,3 +305,89 @@ def test_ties_are_decided_as_plain_decoding_decides_them(model, monkeypatch):
     assert counts.repeated > 0
     monkeypatch.setattr(decode, "TIE", 0)
     assert speculate(model, ids, max_new_tokens=20)[1].repeated == 0
+
+
+OWN = g.GateSkip(budget=0.5, rank=8, allocation="global", training=g.Training(steps=12, batch=2, ramp=0.3))
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    """A model with gates trained for drafting, and the same without."""
+    plain = compress(tiny(), g.GateSkip(budget=0.9, rank=4, allocation="global"))
+    before = deepcopy(plain)
+    return compress_further(plain, g.SelfSpeculation(gates=OWN, adapt=False, drafts="gates", draft_tokens=3)), before
+
+
+def compress_further(model, *steps):
+    for step in steps:
+        apply(step, model, Context(CALIBRATION))
+    return model
+
+
+def test_draft_gates_leave_the_model_that_verifies_as_it_was(drafter):
+    model, before = drafter
+    ids = tokens(2, 20)
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    assert dial_of(model).table == dial_of(before).table
+    with drafting(model):
+        assert dial_of(model).table != dial_of(before).table
+        assert dial_of(model).budget == 0.5
+        assert not torch.equal(model(ids).logits, before(ids).logits)
+        with drafting(model):
+            assert torch.equal(model(ids).logits, before(ids).logits)
+
+
+def test_draft_gates_learn_to_say_what_the_verifier_says(drafter):
+    model, _ = drafter
+    losses = model.gateskip.steps[-1]["record"]["gates"]["training"]["losses"]
+    assert sum(losses[-3:]) < sum(losses[4:7])  # both at the final budget
+    untrained = compress_further(
+        deepcopy(drafter[1]), g.SelfSpeculation(gates=g.GateSkip(budget=0.5, rank=8, allocation="global"))
+    )
+    with torch.inference_mode():
+        wanted = model(CALIBRATION).logits
+        away = []
+        for each in (model, untrained):
+            with drafting(each):
+                away.append(float(kl_divergence(wanted.flatten(0, 1), each(CALIBRATION).logits.flatten(0, 1)).mean()))
+    assert away[0] < 0.9 * away[1]
+
+
+def test_draft_gates_draft_and_survive_a_reload(drafter, tmp_path):
+    model, before = drafter
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids, settings = tokens(1, 9), dict(max_new_tokens=20, do_sample=False)
+    plain, found = before.generate(ids, **settings), []
+    for each in (model, loaded):
+        counts = Acceptance()
+        text = each.generate(ids, custom_generate=g.self_speculative, acceptance=counts, **settings)
+        assert torch.equal(text, plain)
+        found.append((counts.drafted, counts.accepted))
+        with drafting(each):
+            found.append(each(ids).logits)
+    assert found[0] == found[2]
+    assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (dict(gates=OWN, draft_budget=0.5), "leave out draft_budget"),
+        (dict(gates=OWN, drafts="look-up"), "uses no gates"),
+        (dict(gates=g.GateSkip(budget=0.5, training=g.Training(train="all"))), "would change the model that verifies"),
+        (dict(draft_budget=1.0), "draft_budget 1.0 must be between 0 and 1"),
+    ],
+    ids=["two budgets", "look-up", "backbone", "budget"],
+)
+def test_steps_that_contradict_themselves_are_refused(step, message):
+    with pytest.raises(ValueError, match=message):
+        g.SelfSpeculation(**step)
+
+
+def test_draft_gates_must_run_as_the_models_own(drafter):
+    step = g.SelfSpeculation(gates=g.GateSkip(budget=0.5, kv="copy"))
+    with pytest.raises(ValueError, match="kv 'copy' must be like the model's own: placement='after', kv='dense'"):
+        step.apply(drafter[1], Context(CALIBRATION))
+    with pytest.raises(g.PipelineError, match="lower draft_budget under 0.4"):
+        g.Pipeline(g.GateSkip(budget=0.4), g.SelfSpeculation(gates=OWN))

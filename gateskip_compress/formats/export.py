@@ -21,8 +21,8 @@ from . import compressed_tensors, gptq
 Layers = dict[str, QuantizedLinear]
 """By name."""
 FORMATS = ("gptq", "compressed-tensors")
-_GATES = ".gates."
-"""In the names of all that belongs to gates, surrogates too."""
+_GATES = "gates."
+"""In the names of all that belongs to gates, to draft gates, and to surrogates."""
 
 
 def losses(model: PreTrainedModel) -> list[str]:

@@ -59,6 +59,8 @@ class GatedBlock(nn.Module):
     """Mixed into a block's own class by `gate_block`; never built by itself."""
 
     gates: nn.ModuleDict
+    draft_gates: nn.ModuleDict  # of models that have some: see `dial.drafting`
+    draft_dial: Dial
     family: Family
     dial: Dial
     layer: int

@@ -173,6 +173,29 @@ def budget(model: PreTrainedModel, share: float) -> Iterator[Dial]:
 
 
 @contextmanager
+def drafting(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model with its draft gates and their dial inside the `with`, where it has some of their own.
+
+    A second `drafting` inside goes back to the first gates. What works on a gated model works on its draft gates here.
+    """
+    _swap(model)
+    try:
+        yield
+    finally:
+        _swap(model)
+
+
+def _swap(model: PreTrainedModel) -> None:
+    """Exchange gates and draft gates, in place; nothing where the model has none of the latter."""
+    for block in blocks(model):
+        if "draft_gates" not in block._modules:
+            return
+        parts = block._modules  # not by setattr, which costs more than a block of a small model
+        parts["gates"], parts["draft_gates"] = parts["draft_gates"], parts["gates"]
+        block.dial, block.draft_dial = block.draft_dial, block.dial
+
+
+@contextmanager
 def masked(model: PreTrainedModel) -> Iterator[None]:
     """Compute every branch for every token and mask afterwards: the slow reference that compact skipping must equal."""
     with skipping(model, "masked"):

@@ -11,6 +11,8 @@ The paper (arXiv 2510.13876, sec. 3) trains the backbone too, with one learning 
 L2 norm alone; that is `Training(train="all", distillation=0, cross_entropy=1, gate_loss="l2")`.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -105,10 +107,29 @@ class Training:
         return final if step + 1 >= ramp else 1 - (1 - final) * (step + 1) / ramp
 
 
+def ungated(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The model as if it had no gates: what gates learn from."""
+    return skipping(model, "off")
+
+
 def train_gates(
-    model: PreTrainedModel, training: Training, final: float, allocation: Allocation, context: Context
+    model: PreTrainedModel,
+    training: Training,
+    final: float,
+    allocation: Allocation,
+    context: Context,
+    *,
+    as_teacher: Callable[[PreTrainedModel], AbstractContextManager[None]] = ungated,
 ) -> Record:
     """Train a gated model in place, for a final budget; returns the curves of loss and budget.
+
+    Args:
+        model: Its gates are fitted.
+        training: How.
+        final: The budget at the end of the ramp.
+        allocation: How budgets are spread over branches.
+        context: Passages, or else calibration windows, are what is learnt from.
+        as_teacher: The form in which the model says what is to be said.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -142,7 +163,7 @@ def train_gates(
 
     def forward(batch: Batch, step: int) -> tuple[Tensor, int]:
         context_tokens = batch.ids.shape[1]
-        with torch.no_grad(), skipping(teacher, "off"):
+        with torch.no_grad(), as_teacher(teacher):
             reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
         dial.how, dial.thresholds, dial.spreads = learning, tuple(state["thresholds"]), tuple(state["spreads"])
@@ -213,7 +234,7 @@ def _gate_rate(model: PreTrainedModel, training: Training) -> float:
 
 
 def _gates(model: PreTrainedModel) -> list[Gate]:
-    return [part for part in model.modules() if isinstance(part, Gate)]
+    return [gate for block in blocks(model) for gate in block.gates.values()]  # pyright: ignore[reportReturnType]
 
 
 def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Parameter], float]]:

@@ -1,6 +1,7 @@
 """The GateSkip step: gates into a model, fitted in closed form, trained if asked, and calibrated."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from .calibrate import ALLOCATIONS, Allocation, calibrate
 from .dial import Dial, Setting, check_budget, dial_of, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
-from .train import Training, train_gates
+from .train import Training, train_gates, ungated
 
 Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
@@ -121,20 +122,36 @@ class GateSkip:
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Fit gates, put them into the model in place, calibrate thresholds and turn the dial to `budget`."""
-        self._check(model)
-        if self.every > len(blocks(model)):
-            raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
-        torch.manual_seed(context.seed)  # inner layers of `mlp` and `lowrank` gates start random
-        gates, dial = self._neutral(model), Dial()
+        gates, dial = self.neutral(model, context.seed), Dial()
         # before fitting, which asks what a skip will save
         put_in(model, gates, dial, before=self.placement == "before", kv=self.kv)
+        return self.fit(model, gates, context)
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        gates: Gates,
+        context: Context,
+        as_teacher: Callable[[PreTrainedModel], AbstractContextManager[None]] = ungated,
+    ) -> Record:
+        """Fit a model's neutral gates in place, train them if asked, calibrate, and turn the dial to `budget`.
+
+        Args:
+            model: Carries them.
+            gates: All of its gates.
+            context: As for `apply`.
+            as_teacher: As in `train_gates`.
+        """
+        dial = dial_of(model)
         with skipping(model, "off"):
             fit_gates(model, gates, context)
         record: Record = {}
         if self.spread == "sensitivity":
             record["sensitivity"] = weigh(model, context)
         if self.training is not None:
-            record["training"] = train_gates(model, self.training, self.budget, self.spread, context)
+            record["training"] = train_gates(
+                model, self.training, self.budget, self.spread, context, as_teacher=as_teacher
+            )
         if self.kind == "effect" or self.training is not None:  # neutral scores rank nothing
             dial.table = calibrate(model, context.calibration, self.spread, context.track)
         dial.set(self.budget)
@@ -158,11 +175,13 @@ class GateSkip:
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
         """Put in empty gates and the calibrated table."""
-        self._check(model)
-        table = (Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"])
-        dial = Dial(table=tuple(table))
-        put_in(model, self._neutral(model), dial, before=self.placement == "before", kv=self.kv)
+        put_in(model, self.neutral(model), self.dial(record), before=self.placement == "before", kv=self.kv)
+
+    def dial(self, record: Record) -> Dial:
+        """The dial that `fit` left behind, out of its record."""
+        dial = Dial(table=tuple(Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"]))
         dial.set(self.budget)
+        return dial
 
     def _check(self, model: PreTrainedModel) -> None:
         check_attention(model)
@@ -171,9 +190,13 @@ class GateSkip:
         if self.training is not None:
             check_dropout(model, self.training)
 
-    def _neutral(self, model: PreTrainedModel) -> Gates:
-        """Gates that change nothing yet; what is shared lies in the first."""
+    def neutral(self, model: PreTrainedModel, seed: int = 0) -> Gates:
+        """Gates that change nothing yet, for a model that they fit; what is shared lies in the first."""
+        self._check(model)
+        if self.every > len(blocks(model)):
+            raise ValueError(f"every {self.every} must be at most {len(blocks(model))}, the number of blocks")
         family_of(model)
+        torch.manual_seed(seed)  # inner layers of `mlp` and `lowrank` gates start random
         parameter, gates, shared = next(model.parameters()), {}, {}
         for layer in range(self.every - 1, len(blocks(model)), self.every):
             for kind in _WHERE[self.where]:
@@ -225,6 +248,13 @@ def put_in(
             feeds=layer + 1 in copying,
             form=form,
         )
+
+
+def put_in_draft(model: PreTrainedModel, gates: Gates, dial: Dial) -> None:
+    """Give all blocks of a gated model draft gates beside their own, in place; see `dial.drafting`."""
+    for layer, block in enumerate(blocks(model)):
+        block.draft_gates = nn.ModuleDict({kind: gate for (at, kind), gate in gates.items() if at == layer})
+        block.draft_dial = dial
 
 
 def check_attention(model: PreTrainedModel) -> None:

@@ -67,8 +67,24 @@ class Drafter:
         return self.rounds >= _TRIALS
 
 
+def looked_up(found: int, place: int) -> Hashable:
+    """Evidence of a looked-up token: how much of the text before it was found again, and its place in the draft."""
+    return "look up", found, min(place, 2)
+
+
+def sure(budget: float, share: float) -> Hashable:
+    """Evidence of a token that gates drafted: the largest share in the draft's distribution."""
+    return budget, min(4, int(5 * share))
+
+
+_GUESS = {looked_up(1, 0): 0.15, looked_up(2, 0): 0.3}
+
+
 class Odds:
-    """How often drafted tokens stood, by evidence; what was long ago is forgotten, back to an even chance."""
+    """How often drafted tokens stood, by evidence; what was long ago is forgotten, back to a guess.
+
+    The guess is an even chance; for what followed a single token or two, less.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, list[float]] = {}
@@ -76,7 +92,8 @@ class Odds:
     def of(self, evidence: Hashable) -> float:
         """Chance that such a token stands."""
         tried, stood = self._seen.get(evidence, (0.0, 0.0))
-        return (stood + 1) / (tried + 2)
+        guess = _GUESS.get(evidence, 0.5)
+        return (stood + 2 * guess) / (tried + 2)
 
     def learn(self, evidence: list[Hashable], stands: int) -> None:
         """One draft's tokens, of which `stands` stood; those after the first that fell were not judged."""
@@ -99,11 +116,11 @@ class VerifyCost:
         self._sums = [_KEEP_VERIFY * old + x for old, x in zip(self._sums, new, strict=True)]
 
     def line(self, plain_s: float) -> tuple[float, float]:
-        """Base and slope; at first, a pass over no drafted token is taken to cost a plain step."""
-        count, k, kk, t, kt = self._sums
-        count, t = count + 0.3, t + 0.3 * plain_s
+        """Base and slope. At first a pass over one drafted token is taken to cost 1.3 plain steps, over nine 2.1."""
+        guess = (0.2, 1.0, 8.2, 0.34 * plain_s, 2.02 * plain_s)  # a tenth of an observation of each
+        count, k, kk, t, kt = (seen + more for seen, more in zip(self._sums, guess, strict=True))
         spread = count * kk - k * k
-        slope = max(0.0, (count * kt - k * t) / spread) if spread > 0 else 0.0
+        slope = max(0.0, (count * kt - k * t) / spread)
         return (t - slope * k) / count, slope
 
 
@@ -206,16 +223,6 @@ class Control:
         drafter.debt = max(0.0, drafter.debt + steps - gained)
         drafter.tokens = _KEEP_ROUND * drafter.tokens + gained
         drafter.steps = _KEEP_ROUND * drafter.steps + steps
-
-
-def looked_up(found: int, place: int) -> Hashable:
-    """Evidence of a looked-up token: how much of the text before it was found again, and its place in the draft."""
-    return "look up", found, min(place, 2)
-
-
-def sure(budget: float, share: float) -> Hashable:
-    """Evidence of a token that gates drafted: the largest share in the draft's distribution."""
-    return budget, min(4, int(5 * share))
 
 
 def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int) -> Control:

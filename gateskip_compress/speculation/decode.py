@@ -29,7 +29,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from ..gating.dial import branch_index, budget, decisions, dial_of, is_gated
+from ..gating.dial import branch_index, budget, decisions, dial_of, drafting, is_gated
 from .accept import stand_by_chance, stand_greedily
 from .control import Clock, Control, Drafter, control_of
 from .draft import Draft, draft_by_gates, draft_passages, look_up
@@ -225,7 +225,7 @@ class _Decoder:
         if drafter.budget is None:
             draft = draft_passages(passages, self.control, most)
             return (drafter, draft) if draft.tokens.shape[1] else (None, nothing)
-        with budget(self.rows.model, drafter.budget):
+        with drafting(self.rows.model), budget(self.rows.model, drafter.budget):
             draft = draft_by_gates(
                 self.rows,
                 last,

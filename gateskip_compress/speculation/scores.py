@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 _OWN = "transformers.generation.logits_process"
-_REMEMBER = ("SynthIDTextWatermark", "UnbatchedClassifierFreeGuidance", "WhisperNoSpeechDetection", "DiaEOSDelayPattern")
+_REMEMBER = (
+    "SynthIDTextWatermark",
+    "UnbatchedClassifierFreeGuidance",
+    "WhisperNoSpeechDetection",
+    "DiaEOSDelayPattern",
+)
 _NEED_BATCH = ("PrefixConstrained", "EncoderRepetitionPenalty", "EncoderNoRepeatNGram")
 _TEXT_BLIND = ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta", "LogitNormalization")
 """Beginnings of class names: remembers calls; tells rows apart by their number; reads scores alone."""

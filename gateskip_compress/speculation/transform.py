@@ -1,11 +1,14 @@
-"""The SelfSpeculation step: how the model decodes from now on. It changes no weight."""
+"""The SelfSpeculation step: how the model decodes from now on, and gates of its own to draft with, if asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from ..gating.dial import dial_of
+from ..gating.dial import Dial, dial_of, drafting
+from ..gating.fit import Gates
+from ..gating.transform import GateSkip, put_in_draft
+from ..model import blocks
 from ..names import check_choice
 from ..step import Context, Record, Stage
 
@@ -25,6 +28,9 @@ class SelfSpeculation:
         drafts: By `gates`, by `look-up` of a passage that the text's last tokens stood in before (prompt lookup, which
             needs no gates), or by `both`: passages where one is found, else gates.
         adapt: Draft as far as it pays by the clock, and not at all where it loses; False drafts `draft_tokens` always.
+        gates: Gates that are there for drafting alone, beside the model's own, which verify: fitted, trained and
+            calibrated at their own budget as a GateSkip step says, on the calibration text, which the model wrote
+            itself unless told otherwise. They learn from the model as it verifies. None drafts with the model's own.
 
     Raises:
         ValueError: A field is out of its range, or `draft_budget` below what the gates can reach.
@@ -38,6 +44,7 @@ class SelfSpeculation:
     draft_tokens: int = 8
     drafts: Drafts = "both"
     adapt: bool = True
+    gates: GateSkip | None = None
 
     def __post_init__(self) -> None:
         if self.draft_budget is not None and not 0 < self.draft_budget < 1:
@@ -47,19 +54,51 @@ class SelfSpeculation:
         if self.draft_tokens < 1:
             raise ValueError(f"draft_tokens {self.draft_tokens} must be at least 1")
         check_choice("drafts", self.drafts, get_args(Drafts))
+        if self.gates is None:
+            return
+        if self.drafts == "look-up":
+            raise ValueError("drafts 'look-up' uses no gates: leave out gates, or use drafts='both'")
+        if self.draft_budget is not None:
+            raise ValueError(
+                f"draft_budget {self.draft_budget} and gates are given: draft gates have their budget, "
+                f"{self.gates.budget}; leave out draft_budget"
+            )
+        training = self.gates.training
+        if training is not None and training.train in ("lora", "all"):
+            raise ValueError(
+                f"gates.training.train {training.train!r} would change the model that verifies: use 'surrogates'"
+            )
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
-        """Make `self_speculative` decode so by default."""
-        del context
+        """Make `self_speculative` decode so by default; put in draft gates, fitted, where the step has some."""
+        record: Record = {}
+        if self.gates is not None:
+            gates = self._neutral(model, self.gates, context.seed)
+            put_in_draft(model, gates, Dial())
+            with drafting(model):  # the teacher runs the gates that verify
+                record["gates"] = self.gates.fit(model, gates, replace(context, passages=()), drafting)
         if self.drafts != "look-up":
             self.budgets(model)
         model.self_speculation = self
-        return {}
+        return record
 
     def rebuild(self, model: PreTrainedModel, record: Record) -> None:
-        """The same: nothing is stored in weights."""
-        del record
+        """The same, with empty draft gates."""
+        if self.gates is not None:
+            put_in_draft(model, self._neutral(model, self.gates), self.gates.dial(record["gates"]))
         model.self_speculation = self
+
+    def _neutral(self, model: PreTrainedModel, step: GateSkip, seed: int = 0) -> Gates:
+        """Draft gates; how a block runs is settled by the gates that verify."""
+        dial_of(model)
+        has = [("before" if block.before else "after", block.copies) for block in blocks(model)]
+        copies = any(copied for _, copied in has)
+        if (step.placement, step.kv == "copy") != (has[0][0], copies):
+            raise ValueError(
+                f"draft gates with placement {step.placement!r} and kv {step.kv!r} must be like the model's own: "
+                f"placement={has[0][0]!r}, kv={'copy' if copies else 'dense'!r}"
+            )
+        return step.neutral(model, seed)
 
     def budgets(self, model: PreTrainedModel) -> list[float]:
         """Budgets that gates are to draft at.
@@ -69,13 +108,13 @@ class SelfSpeculation:
             UnsupportedModel: the model has no gates.
         """
         dial = dial_of(model)
-        if self.draft_budget is not None:
-            if self.draft_budget >= dial.budget:
-                raise ValueError(
-                    f"draft_budget {self.draft_budget} must be below the budget that verifies, {dial.budget}"
-                )
-            dial.thresholds_of(self.draft_budget)  # raises where the gates cannot go so low
-            return [self.draft_budget]
+        given = self.gates.budget if self.gates is not None else self.draft_budget
+        if given is not None:
+            if given >= dial.budget:
+                raise ValueError(f"draft_budget {given} must be below the budget that verifies, {dial.budget}")
+            with drafting(model):
+                dial_of(model).thresholds_of(given)  # raises where the gates cannot go so low
+            return [given]
         below = [setting.budget for setting in dial.table if setting.budget < dial.budget - _APART]
         if not below:
             raise ValueError(
