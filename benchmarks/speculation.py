@@ -5,7 +5,7 @@ other, in an order that turns from prompt to prompt, so that drift of the machin
 tokenizing, a warm-up of each variant. Greedy, where every token that differs from plain decoding is counted, and at
 temperature 1, where texts differ by chance.
 
-    python benchmarks/speculation.py runs/demo/model --prompts-file spec_bench.jsonl --out benchmarks/results/speculation.jsonl
+    python benchmarks/speculation.py runs/demo/model --prompts-file FILE --out benchmarks/results/speculation.jsonl
 
 The theory beside it: for each draft budget, with acceptance a of a drafted token, cost c of a drafting step and cost
 v(k) of a verify pass over k + 1 tokens, in plain steps, drafts of k tokens allow a speed-up of
@@ -31,7 +31,7 @@ import gateskip_compress as g
 from gateskip_compress.gating.dial import dial_of, drafting
 from gateskip_compress.measure import environment
 from gateskip_compress.quantization.linear import unpacked
-from gateskip_compress.speculation.decode import Acceptance
+from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.text import chat_prompt
 
 KINDS = ("translation", "summarization", "qa", "math_reasoning", "rag")

@@ -209,7 +209,8 @@ def generate(
 
     from .quantization.linear import unpacked
     from .source import load
-    from .speculation.decode import Acceptance, self_speculative
+    from .speculation.acceptance import Acceptance
+    from .speculation.decode import self_speculative
     from .text import chat_prompt
 
     if new_tokens < 1:
@@ -254,7 +255,7 @@ def _told(counts: Any) -> str:
         return f"no drafts: {counts.plain_steps} plain steps"
     shares = ", ".join(f"{name.removesuffix('_time_share')} {share:.0%}" for name, share in counts.time_shares.items())
     return (
-        f"{counts.accepted} of {counts.drafted} drafted tokens stood, {counts.tokens_per_verify:.2f} tokens a verify pass, "
+        f"{counts.accepted} of {counts.drafted} drafted tokens stood, {counts.tokens_per_verify:.2f} tokens a verify, "
         f"{counts.plain_steps} plain steps; time: {shares}"
     )
 

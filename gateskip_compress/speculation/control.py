@@ -6,10 +6,10 @@ k + 1 tokens. It is lengthened while the next token's chance is worth more than 
 maximises tokens by time. Chances are counted by evidence that is there before a token is drafted or judged: the draft's
 own confidence, or how long a passage was found again.
 
-What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may
-try again as long as all debts are below half a step and 1 % of the tokens so far: over a hundred tokens and more, the
-whole stays above 0.97 of plain speed, apart from noise in the clock. None of this can change the text, or its distribution where it is sampled: it
-looks at tokens before the one in question, never at that one.
+What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may try
+again as long as all debts are below half a step and 1 % of the tokens so far: over a hundred tokens and more, the whole
+stays above 0.97 of plain speed, apart from noise in the clock. None of this can change the text, or its distribution
+where it is sampled: it looks at tokens before the one in question, never at that one.
 """
 
 import time

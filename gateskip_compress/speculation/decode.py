@@ -19,7 +19,7 @@ What the text is equal to:
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..gating.dial import branch_index, budget, decisions, dial_of, drafting, is_gated
 from .accept import stand_by_chance, stand_greedily
+from .acceptance import Acceptance
 from .control import Clock, Control, Drafter, control_of
 from .draft import Draft, draft_by_gates, draft_passages, look_up
 from .rows import Rows
@@ -42,53 +43,6 @@ TIE, GATE_TIE = 32, 8
 to its threshold, in epsilons of the threshold. On SmolLM2-135M, passes over five tokens instead of one moved the first
 distance by at most 6 of these (768 tokens), and a gate's score by at most 4 (395 tokens of 60 branches)."""
 _EPSILON = torch.finfo(torch.float32).eps
-
-
-@dataclass
-class Acceptance:
-    """Counts and seconds of generations; a decoder adds to them in place. Tokens and passes are counted by row.
-
-    Args:
-        drafted: Tokens.
-        accepted: Of these.
-        verifies: Passes over drafted tokens.
-        plain_steps: Passes over one token.
-        repeated: Tokens read once more, where two were nearly tied.
-        draft_s: Seconds of drafting.
-        verify_s: Seconds of verify passes, accepting included.
-        plain_s: Seconds of plain steps.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    verifies: int = 0
-    plain_steps: int = 0
-    repeated: int = 0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    plain_s: float = 0.0
-
-    @property
-    def accepted_share(self) -> float | None:
-        """Share of drafted tokens that stood; None where none was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def tokens_per_verify(self) -> float | None:
-        """Mean tokens that a verify pass yields, its own included; None where there was none."""
-        return (self.accepted + self.verifies) / self.verifies if self.verifies else None
-
-    @property
-    def time_shares(self) -> dict[str, float | None]:
-        """Shares of the decoding time, prompts left out: drafting, verifying, plain steps."""
-        whole = self.draft_s + self.verify_s + self.plain_s
-        parts = {"draft": self.draft_s, "verify": self.verify_s, "plain": self.plain_s}
-        return {f"{name}_time_share": part / whole if whole else None for name, part in parts.items()}
-
-    def clear(self) -> None:
-        """Back to nothing, in place."""
-        for field in fields(self):
-            setattr(self, field.name, field.default)
 
 
 @torch.inference_mode()
@@ -122,8 +76,8 @@ def self_speculative(
         drafts: As there.
         adapt: As there.
         acceptance: Counts are added to it.
-        streamer: Gets tokens as they stand; one sequence. `generate` (transformers 5.23) shows it the prompt, and forgets
-            to hand it and `tokenizer` on to a function. So give both `streamer=streamer` and
+        streamer: Gets tokens as they stand; one sequence. `generate` (transformers 5.23) shows it the prompt, and
+            forgets to hand it and `tokenizer` on to a function. So give both `streamer=streamer` and
             `custom_generate=partial(self_speculative, streamer=streamer)`; and stop strings as
             `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
         model_kwargs: What `generate` prepared, the cache among it. A cache given for several rows is used up.
@@ -241,15 +195,15 @@ class _Decoder:
         """Logits; and how near scores must be to count as tied at each place, None where nothing has to."""
         if self.sample or len(tokens) > 1 or (tokens.shape[1] == 1 and self.rows.is_clean):
             return self.rows.feed(tokens), None
-        dial = dial_of(self.rows.model) if is_gated(self.rows.model) else None
-        skips = dial is not None and dial.thresholds is not None
-        with decisions(self.rows.model) if skips else nullcontext([]) as seen:
+        model = self.rows.model
+        thresholds = dial_of(model).thresholds if is_gated(model) else None
+        with nullcontext([]) if thresholds is None else decisions(model) as seen:
             logits = self.rows.feed(tokens)
         if logits.dtype != torch.float32:  # see above
             return logits, None
         near = TIE * _EPSILON * logits[0].abs().amax(-1)
         for decision in seen:
-            threshold = dial.thresholds[branch_index(decision.layer, decision.kind)]
+            threshold = (thresholds or ())[branch_index(decision.layer, decision.kind)]
             near.masked_fill_((decision.score[0] - threshold).abs() < GATE_TIE * _EPSILON * abs(threshold), torch.inf)
         return logits, near
 
