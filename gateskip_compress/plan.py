@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .errors import UnsupportedModel
 from .gating.allocate import MEASURED_TOKENS
 from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
+from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
 from .model import blocks, branches, linears, vocabulary
 from .pruning.transform import SCORING_TOKENS, Prune
@@ -39,13 +40,15 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     kept, weights = 1.0, sum(linear.weight.numel() for linear in linears(model).values())
     parameters, disk = model.num_parameters(), model.num_parameters() * float_bytes
     tokens = recipe.calibration.windows * context
+
+    def gating(step: GateSkip) -> int:
+        passes = 2 * tokens + 2 * len(BUDGETS) * min(CALIBRATION_TOKENS, tokens)
+        return passes + (2 * layers * min(MEASURED_TOKENS, tokens) if step.spread == "sensitivity" else 0)
+
     work = {
         "prune": lambda step: step.blocks * min(SCORING_TOKENS, tokens),
-        "gateskip": lambda step: (
-            2 * tokens
-            + 2 * len(BUDGETS) * min(CALIBRATION_TOKENS, tokens)
-            + (2 * layers * min(MEASURED_TOKENS, tokens) if step.spread == "sensitivity" else 0)
-        ),
+        "gateskip": gating,
+        "self_speculation": lambda step: gating(step.gates) if step.gates is not None else 0,
         "quantize": lambda step: 3 * tokens if step.solver == "gptq" else 0,  # two passes, and second moments
     }
     steps = []

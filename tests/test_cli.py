@@ -52,7 +52,23 @@ def test_generate_gives_the_same_with_and_without_speculation(call, place):
         results.append(json.loads(out))
     assert results[0]["token_ids"] == results[1]["token_ids"]
     assert results[0]["accepted_share"] is None
-    assert 0 <= results[1]["accepted_share"] <= 1
+    assert results[1]["drafted_tokens"] + results[1]["plain_steps"] > 0
+    assert sum(results[1][f"{part}_time_share"] for part in ("draft", "verify", "plain")) == pytest.approx(1)
+
+
+def test_generate_streams_the_same_with_and_without_speculation(call, place):
+    command = ("generate", place / "small", "--prompt", "w5 w9", "--new-tokens", 12)
+    plain = call(*command)[1]
+    code, out, err = call(*command, "--speculate")
+    assert code == 0
+    assert out == plain != ""
+    assert "plain steps" in err
+
+
+def test_generate_draws_by_a_seed(call, place):
+    command = ("generate", place / "small", "--prompt", "w5 w9", "--temperature", 2, "--new-tokens", 8, "--json")
+    texts = [json.loads(call(*command, "--seed", seed)[1])["token_ids"] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_eval_compares_with_the_original(call, place):
@@ -139,6 +155,7 @@ def _interrupt(*_):
         (("generate", "{small}", "--prompt", "a", "--budget", "0"), "budget 0.0 must be above 0"),
         (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
         (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
+        (("generate", "{small}", "--prompt", "a", "--temperature=-1"), "--temperature -1.0 must not be negative"),
         (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
         (("eval", "{small}", "--text", "{text}", "--window-tokens", "1"), "window_tokens 1 must be at least 2"),
         (("inspect", "{plain}"), "not a checkpoint of ours"),

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, SLIDING, VOCABULARY, compress, tiny, tiny_tokenizer, tokens
+from tiny_models import CALIBRATION, SLIDING, VOCABULARY, compress, compress_further, tiny, tiny_tokenizer, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,12 +19,12 @@ from transformers import (
 
 import gateskip_compress as g
 from gateskip_compress.gating.dial import dial_of, drafting
-from gateskip_compress.pipeline import apply
 from gateskip_compress.speculation import decode
 from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.speculation.rows import Rows
 from gateskip_compress.step import Context
 
+FEW = CALIBRATION[:3]
 STACKS = {
     "gates": (g.GateSkip(budget=0.9, rank=4, allocation="global"),),
     "gates at 1": (g.GateSkip(budget=1, rank=4, allocation="global"),),
@@ -52,7 +52,7 @@ def speculate(model, ids, how="both", **settings):
 
 @pytest.fixture(scope="module")
 def stacks():
-    return {name: compress(tiny(), *steps, g.SelfSpeculation()) for name, steps in STACKS.items()}
+    return {name: compress(tiny(), *steps, g.SelfSpeculation(), calibration=FEW) for name, steps in STACKS.items()}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_text_equals_plain_greedy_decoding(stacks, stack, how):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "opt"])
 def test_families(family):
-    gated = compress(tiny(family), g.GateSkip(budget=0.8, surrogate="mean", allocation="global"))
+    gated = compress(tiny(family), g.GateSkip(budget=0.8, surrogate="mean", allocation="global"), calibration=FEW)
     ids = tokens(1, 9, seed=3)
     plain = gated.generate(ids, max_new_tokens=12, do_sample=False)
     found, counts = speculate(gated, ids, max_new_tokens=12, draft_budget=0.5)
@@ -88,9 +88,9 @@ def test_rows_of_a_batch_accept_different_lengths(model, how):
     ids, mask = tokens(4, 12, seed=5), torch.ones(4, 12, dtype=torch.long)
     for row, padding in enumerate((0, 5, 2, 11)):
         ids[row, :padding], mask[row, :padding] = 0, 0
-    plain = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
     end = int(plain[2, 20])  # some rows end early
-    settings = dict(attention_mask=mask, max_new_tokens=24, eos_token_id=end)
+    settings = dict(attention_mask=mask, max_new_tokens=16, eos_token_id=end)
     plain = model.generate(ids, do_sample=False, **settings)
     assert (plain[:, -1] == 0).any()
     assert torch.equal(speculate(model, ids, how, **settings)[0], plain)
@@ -175,8 +175,8 @@ PROCESSORS = {
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_processors_act_alike_in_draft_and_verify(model, settings):
     for ids in (tokens(1, 9), tokens(2, 9)):
-        plain = model.generate(ids, max_new_tokens=25, do_sample=False, **settings)
-        assert torch.equal(speculate(model, ids, max_new_tokens=25, **settings)[0], plain)
+        plain = model.generate(ids, max_new_tokens=14, do_sample=False, **settings)
+        assert torch.equal(speculate(model, ids, max_new_tokens=14, **settings)[0], plain)
 
 
 class Counts(LogitsProcessor):
@@ -290,6 +290,29 @@ def test_ties_are_decided_as_plain_decoding_decides_them(model, monkeypatch):
     assert speculate(model, ids, max_new_tokens=20)[1].repeated == 0
 
 
+def test_in_16_bits_the_text_is_what_the_verify_passes_choose(model):
+    """Their kernels for one and for more tokens differ by more than many margins, so plain decoding may go elsewhere."""
+    short, passes = deepcopy(model).to(torch.bfloat16), []
+
+    def see(_, args, kwargs, out):
+        if dial_of(short).budget == 0.9:
+            passes.append((args[0][0].tolist(), out.logits[0].argmax(-1).tolist()))
+
+    short.register_forward_hook(see, with_kwargs=True)
+    ids = tokens(1, 9)
+    found, counts = speculate(short, ids, max_new_tokens=20)
+    text = passes[0][1]
+    for fed, chosen in passes[1:]:
+        assert fed[0] == text[-1]
+        stands = 0
+        while stands < len(fed) - 1 and fed[1 + stands] == chosen[stands]:
+            stands += 1
+        text = text + chosen[: stands + 1]
+    assert found[0, 9:].tolist() == text
+    assert counts.accepted > 0
+    assert counts.repeated == 0
+
+
 OWN = g.GateSkip(
     budget=0.5, rank=8, allocation="global", training=g.Training(steps=16, batch=2, ramp=0.2, surrogate_rate=5e-3)
 )
@@ -298,15 +321,10 @@ OWN = g.GateSkip(
 @pytest.fixture(scope="module")
 def drafter():
     """A model with gates trained for drafting, and the same without."""
-    plain = compress(tiny(), g.GateSkip(budget=0.9, rank=4, allocation="global"))
+    plain = compress(tiny(), g.GateSkip(budget=0.9, rank=4, allocation="global"), calibration=FEW)
     before = deepcopy(plain)
-    return compress_further(plain, g.SelfSpeculation(gates=OWN, adapt=False, drafts="gates", draft_tokens=3)), before
-
-
-def compress_further(model, *steps):
-    for step in steps:
-        apply(step, model, Context(CALIBRATION))
-    return model
+    step = g.SelfSpeculation(gates=OWN, adapt=False, drafts="gates", draft_tokens=3)
+    return compress_further(plain, step, calibration=CALIBRATION[:4]), before
 
 
 def test_draft_gates_leave_the_model_that_verifies_as_it_was(drafter):
@@ -324,7 +342,7 @@ def test_draft_gates_leave_the_model_that_verifies_as_it_was(drafter):
 
 def test_draft_gates_learn_to_say_what_the_verifier_says(drafter):
     losses = drafter[0].gateskip.steps[-1]["record"]["gates"]["training"]["losses"]
-    assert sum(losses[12:16]) < 0.9 * sum(losses[4:8])  # epochs of the same windows, both at the final budget
+    assert sum(losses[14:16]) < 0.9 * sum(losses[4:6])  # epochs of the same windows, both at the final budget
 
 
 def test_draft_gates_draft_and_survive_a_reload(drafter, tmp_path):

@@ -99,9 +99,14 @@ def tiny_tokenizer():
 CALIBRATION = tokens(8, 48)
 
 
-def compress(model, *steps):
+def compress(model, *steps, calibration=CALIBRATION):
     """Apply steps in place, as a pipeline does."""
     start(model, tiny_tokenizer(), source="tiny")
+    return compress_further(model, *steps, calibration=calibration)
+
+
+def compress_further(model, *steps, calibration=CALIBRATION):
+    """The same, after earlier steps."""
     for step in steps:
-        apply(step, model, Context(CALIBRATION))
+        apply(step, model, Context(calibration))
     return model
