@@ -291,7 +291,7 @@ def test_ties_are_decided_as_plain_decoding_decides_them(model, monkeypatch):
 
 
 def test_in_16_bits_the_text_is_what_the_verify_passes_choose(model):
-    """Their kernels for one and for more tokens differ by more than many margins, so plain decoding may go elsewhere."""
+    """Their kernels for one and more tokens differ by more than many margins, so plain decoding may go elsewhere."""
     short, passes = deepcopy(model).to(torch.bfloat16), []
 
     def see(_, args, kwargs, out):
