@@ -5,6 +5,7 @@
     ├── PipelineError      steps in an order or a combination that cannot work; a recipe that cannot be read
     ├── CalibrationError   text that is missing, too short or not readable
     ├── TrainingError      a loss that is not finite
+    ├── RuntimeUnavailable the native runtime was not built here
     └── CheckpointError    a folder that is not a whole, undamaged checkpoint
 
 A single argument out of its range is a `ValueError`. The command line turns all of these into one line and exit code 2.
@@ -33,3 +34,7 @@ class CheckpointError(GateSkipError):
 
 class TrainingError(GateSkipError):
     """Training broke down; the message says at which step, and what the model holds now."""
+
+
+class RuntimeUnavailable(GateSkipError):
+    """The native runtime was asked for where it was not built, or does not load."""

@@ -168,7 +168,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
@@ -189,7 +189,8 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the processor or GPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,0 +1,29 @@
+// Kernels for AVX2.
+#include "kernels.h"
+
+#if GATESKIP_X86
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include "kernels_body.h"
+#include "vector256.h"
+
+namespace gateskip {
+
+const Kernels avx2_kernels = table<Avx2>("avx2");
+
+}  // namespace gateskip
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,43 @@
+// Kernels for AVX-VNNI: as AVX2, but four products are added to a 32-bit sum at once.
+#include "kernels.h"
+
+#if GATESKIP_X86
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avxvnni")
+#endif
+#include "kernels_body.h"
+#include "vector256.h"
+
+namespace gateskip {
+namespace {
+
+struct AvxVnni : Avx2 {
+  struct Sum4 {
+    __m256i sum;
+    Sum4() : sum(_mm256_setzero_si256()) {}
+    void add(__m256i w, __m256i q) { sum = _mm256_dpbusd_avx_epi32(sum, w, q); }
+    F value() const { return _mm256_cvtepi32_ps(sum); }
+  };
+  using Sum8 = Sum4;
+  static constexpr float middle8 = 0;
+};
+
+}  // namespace
+
+const Kernels avxvnni_kernels = table<AvxVnni>("avxvnni");
+
+}  // namespace gateskip
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,377 @@
+// Python's view: packed matrices, a model built of them, and the kernels one by one for tests.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "model.h"
+#include "pack.h"
+
+namespace py = pybind11;
+
+namespace gateskip {
+namespace {
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+void check(bool holds, const std::string& message) {
+  if (!holds) throw py::value_error(message);
+}
+
+const Kernels& kernels_named(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : usable_kernels()) {
+    if (kernels->name == name) return *kernels;
+    known += known.empty() ? kernels->name : std::string(", ") + kernels->name;
+  }
+  throw py::value_error("kernels '" + name + "' cannot run here; these can: " + known);
+}
+
+Kind kind_named(const std::string& name) {
+  if (name == "int4") return Kind::int4;
+  if (name == "int8") return Kind::int8;
+  if (name == "bf16") return Kind::bf16;
+  if (name == "f32") return Kind::f32;
+  throw py::value_error("kind '" + name + "' must be int4, int8, bf16 or f32");
+}
+
+// A matrix and the arrays that hold its weights.
+struct HeldMatrix : Matrix {
+  Bytes packed;
+  Floats padded_bias;
+  int lanes = 0;
+};
+
+HeldMatrix hold(const std::string& kernels, const std::string& kind, int rows, int columns, int group, Bytes packed,
+                std::optional<Floats> bias) {
+  HeldMatrix m;
+  m.lanes = kernels_named(kernels).lanes;
+  m.kind = kind_named(kind);
+  m.rows = rows, m.columns = columns, m.group = group;
+  check(rows > 0 && columns > 0, "a matrix needs rows and columns");
+  check(group > 0 && group % kChunk == 0, "group " + std::to_string(group) + " must be a multiple of 32");
+  const size_t size = blocks(m, m.lanes) * block_bytes(m, m.lanes);
+  check(size_t(packed.size()) == size, "packed weights have " + std::to_string(packed.size()) + " bytes, not the " +
+                                           std::to_string(size) + " of this shape, kind and kernel");
+  m.packed = packed;
+  m.data = packed.data();
+  if (bias) {
+    check(bias->size() == rows, "bias has " + std::to_string(bias->size()) + " values for " + std::to_string(rows) +
+                                    " rows");
+    m.padded_bias = Floats(blocks(m, m.lanes) * m.lanes);
+    std::fill_n(m.padded_bias.mutable_data(), m.padded_bias.size(), 0.0f);
+    std::memcpy(m.padded_bias.mutable_data(), bias->data(), sizeof(float) * rows);
+    m.bias = m.padded_bias.data();
+  }
+  return m;
+}
+
+Bytes zeros(const Matrix& m, int lanes) {
+  Bytes packed(blocks(m, lanes) * block_bytes(m, lanes));
+  std::memset(packed.mutable_data(), 0, packed.size());
+  return packed;
+}
+
+Bytes pack_codes_of(const std::string& kernels, const std::string& kind, Bytes codes, Floats scale, Bytes zero,
+                    int group) {
+  check(codes.ndim() == 2 && scale.ndim() == 2 && zero.ndim() == 2, "codes, scale and zero are matrices");
+  check(group > 0 && group % kChunk == 0, "group " + std::to_string(group) + " must be a multiple of 32");
+  Matrix m;
+  m.kind = kind_named(kind);
+  check(m.kind == Kind::int4 || m.kind == Kind::int8, "codes have kind int4 or int8, not " + kind);
+  m.rows = static_cast<int>(codes.shape(0)), m.columns = static_cast<int>(codes.shape(1)), m.group = group;
+  for (const py::array& part : {py::array(scale), py::array(zero)})
+    check(part.shape(0) == m.rows && part.shape(1) == groups(m),
+          "scale and zero need one value for each of " + std::to_string(m.rows) + " rows and " +
+              std::to_string(groups(m)) + " groups");
+  const int most = m.kind == Kind::int4 ? 15 : 255;
+  for (const Bytes& part : {codes, zero})
+    check(*std::max_element(part.data(), part.data() + part.size()) <= most,
+          "codes and zero points of " + kind + " are at most " + std::to_string(most));
+  const int lanes = kernels_named(kernels).lanes;
+  Bytes packed = zeros(m, lanes);
+  pack_codes(m, lanes, codes.data(), scale.data(), zero.data(), packed.mutable_data());
+  return packed;
+}
+
+Bytes pack_floats_of(const std::string& kernels, const std::string& kind, Floats weight) {
+  Matrix m;
+  m.kind = kind_named(kind);
+  check(m.kind == Kind::bf16 || m.kind == Kind::f32, "floats have kind bf16 or f32, not " + kind);
+  check(weight.ndim() == 2, "a weight is a matrix");
+  m.rows = static_cast<int>(weight.shape(0)), m.columns = static_cast<int>(weight.shape(1));
+  const int lanes = kernels_named(kernels).lanes;
+  Bytes packed = zeros(m, lanes);
+  pack_floats(m, lanes, weight.data(), packed.mutable_data());
+  return packed;
+}
+
+// Activations of an array (tokens, columns), for tests of single kernels.
+struct OwnActivations : Activations {
+  std::vector<float> floats_, scales_, sums_;
+  std::vector<int8_t> codes_;
+  std::vector<int> tokens;
+
+  OwnActivations(const Kernels& kernels, const Floats& from) {
+    const int count = static_cast<int>(from.shape(0)), width = static_cast<int>(from.shape(1));
+    columns = padded(width, kChunk);
+    floats_.resize(size_t(count) * columns);
+    codes_.resize(floats_.size());
+    scales_.resize(size_t(count) * chunks());
+    sums_.resize(scales_.size());
+    x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
+    for (int token = 0; token < count; ++token) {
+      std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
+      kernels.quantize(*this, token, 0, width);
+      tokens.push_back(token);
+    }
+  }
+};
+
+Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x) {
+  const Kernels& run = kernels_named(kernels);
+  check(run.lanes == m.lanes, "the matrix was packed for other kernels");
+  check(x.ndim() == 2 && x.shape(1) == m.columns, "x needs " + std::to_string(m.columns) + " columns");
+  OwnActivations a(run, x);
+  Floats out({x.shape(0), py::ssize_t(m.rows)});
+  run.multiply(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()), out.mutable_data(),
+               m.rows);
+  return out;
+}
+
+py::tuple quantize(const std::string& kernels, Floats x) {
+  OwnActivations a(kernels_named(kernels), x);
+  py::array_t<int8_t> q({x.shape(0), py::ssize_t(a.columns)});
+  std::memcpy(q.mutable_data(), a.q, a.codes_.size());
+  Floats scale({x.shape(0), py::ssize_t(a.chunks())}), sum({x.shape(0), py::ssize_t(a.chunks())});
+  std::memcpy(scale.mutable_data(), a.scale, sizeof(float) * a.scales_.size());
+  std::memcpy(sum.mutable_data(), a.sum, sizeof(float) * a.sums_.size());
+  return py::make_tuple(q, scale, sum);
+}
+
+Floats norm(const std::string& kernels, Floats x, Floats weight, float eps) {
+  Floats y(x.size());
+  check(x.size() == weight.size(), "x and weight differ in size");
+  kernels_named(kernels).norm(x.data(), weight.data(), static_cast<int>(x.size()), eps, y.mutable_data());
+  return y;
+}
+
+Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
+  check(gate.size() == up.size(), "gate and up differ in size");
+  Floats y(gate.size());
+  std::memcpy(y.mutable_data(), gate.data(), sizeof(float) * gate.size());
+  kernels_named(kernels).swiglu(y.mutable_data(), up.data(), static_cast<int>(gate.size()));
+  return y;
+}
+
+// Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the first seen[i] positions.
+Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen, bool bf16) {
+  const Kernels& run = kernels_named(kernels);
+  const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
+            positions = static_cast<int>(keys.shape(0)), room = padded(positions, run.lanes);
+  check(count <= kMostQueries, "at most 4 queries");
+  check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
+  std::vector<float> k(size_t(room) * d), v(size_t(room) * d), scores(size_t(room) * kMostQueries);
+  std::vector<uint16_t> k16(k.size()), v16(v.size());
+  for (int p = 0; p < positions; ++p)
+    for (int i = 0; i < d; ++i) {
+      k[(size_t(p / run.lanes) * d + i) * run.lanes + p % run.lanes] = keys.at(p, i);
+      v[size_t(p) * d + i] = values.at(p, i);
+    }
+  std::transform(k.begin(), k.end(), k16.begin(), to_bf16);
+  std::transform(v.begin(), v.end(), v16.begin(), to_bf16);
+  Floats out({count, d});
+  Queries to;
+  to.count = count, to.head_dim = d, to.scores = scores.data(), to.room = room;
+  to.keys = bf16 ? static_cast<const void*>(k16.data()) : k.data();
+  to.values = bf16 ? static_cast<const void*>(v16.data()) : v.data();
+  for (int i = 0; i < count; ++i) {
+    check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
+    to.query[i] = query.data(i, 0), to.out[i] = out.mutable_data(i, 0), to.seen[i] = seen.at(i);
+  }
+  run.attend(to, bf16);
+  return out;
+}
+
+// Bytes per second of `threads` threads reading an array of their own size again and again; the best of `runs`.
+double read_bandwidth(int threads, int megabytes, int runs) {
+  const size_t words = size_t(megabytes) * (1 << 20) / 8 / threads;
+  std::vector<std::vector<uint64_t>> parts(threads, std::vector<uint64_t>(words, 1));
+  std::vector<uint64_t> sums(threads);
+  Team team(threads);
+  double best = 0;
+  py::gil_scoped_release release;
+  for (int run = 0; run < runs; ++run) {
+    const auto start = std::chrono::steady_clock::now();
+    team.run([&](int thread) {
+      uint64_t sum[8] = {};
+      const uint64_t* at = parts[thread].data();
+      for (size_t i = 0; i + 8 <= words; i += 8)
+        for (int j = 0; j < 8; ++j) sum[j] += at[i + j];
+      for (uint64_t part : sum) sums[thread] += part;
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(words * 8 * threads) / seconds.count());
+  }
+  return best;
+}
+
+struct HeldModel {
+  Model model;
+  std::vector<py::object> held;  // arrays that the model only points to
+  std::mutex busy;
+
+  HeldModel(const Shape& shape, const std::string& kernels, int threads) : model(shape, kernels_named(kernels), threads) {}
+
+  // Finishes a model whose layers are set: embedding (vocabulary, width), cosines and sines (context, rotated).
+  void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::array embedding,
+              Floats cos, Floats sin, py::object owners) {
+    const Shape& s = model.shape;
+    check(size_t(embedding.nbytes()) == size_t(s.vocabulary) * s.width * (s.bf16_embedding ? 2 : 4),
+          "the embedding's size does not fit");
+    check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
+    check(head.rows == s.vocabulary && head.columns == s.width, "the head's shape does not fit");
+    model.layers = std::move(layers);
+    model.norm = std::move(norm);
+    model.head = head;
+    model.embedding = embedding.data();
+    model.cos = cos.data(), model.sin = sin.data();
+    held = {embedding, cos, sin, py::cast(head), owners};
+    model.prepare();
+  }
+
+  // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
+  py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
+                bool with_decisions) {
+    const Shape& s = model.shape;
+    Call call;
+    call.count = static_cast<int>(ids.size());
+    check(call.count >= 1 && call.count <= kWindow, "a call takes 1 to " + std::to_string(kWindow) + " tokens, not " +
+                                                        std::to_string(call.count));
+    check(rows.size() == call.count && positions.size() == call.count, "ids, rows and positions differ in length");
+    const auto within = [](const Ints& values, int end, const char* what) {
+      for (py::ssize_t i = 0; i < values.size(); ++i)
+        check(values.at(i) >= 0 && values.at(i) < end,
+              std::string(what) + " " + std::to_string(values.at(i)) + " must be from 0 to " + std::to_string(end - 1));
+    };
+    within(ids, s.vocabulary, "token id");
+    within(rows, s.rows, "row");
+    within(positions, s.context, "position");
+    within(want, call.count, "wanted token");
+    check(want.size() <= call.count, "more tokens are wanted than there are");
+    call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data();
+    if (thresholds) {
+      check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
+      call.thresholds = thresholds->data();
+    }
+    call.wanted = static_cast<int>(want.size()), call.want = want.data();
+    Ints best(want.size());
+    call.best = best.mutable_data();
+    py::object logits = py::none(), kept = py::none(), scores = py::none();
+    if (with_logits) {
+      Floats all({want.size(), py::ssize_t(s.vocabulary)});
+      call.logits = all.mutable_data();
+      logits = all;
+    }
+    if (with_decisions) {
+      const py::ssize_t branches = 2 * model.layers.size();
+      Bytes keep({branches, ids.size()});
+      Floats score({branches, ids.size()});
+      std::fill_n(score.mutable_data(), score.size(), NAN);
+      call.kept = keep.mutable_data(), call.scores = score.mutable_data();
+      kept = keep, scores = score;
+    }
+    {
+      std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
+      if (!lock) throw std::runtime_error("this session is at work in another thread; give each thread its own");
+      py::gil_scoped_release release;
+      model.run(call);
+    }
+    return py::make_tuple(best, logits, kept, scores);
+  }
+};
+
+}  // namespace
+}  // namespace gateskip
+
+PYBIND11_MODULE(_native, m) {
+  using namespace gateskip;
+  m.attr("WINDOW") = kWindow;
+  m.attr("CHUNK") = kChunk;
+  m.attr("COMPILER") = __VERSION__;
+  m.def("kernels", [] {
+    std::vector<std::pair<std::string, int>> found;
+    for (const Kernels* kernels : usable_kernels()) found.emplace_back(kernels->name, kernels->lanes);
+    return found;
+  });
+  m.def("pack_codes", &pack_codes_of);
+  m.def("pack_floats", &pack_floats_of);
+  m.def("multiply", &multiply);
+  m.def("quantize", &quantize);
+  m.def("norm", &norm);
+  m.def("swiglu", &swiglu);
+  m.def("attend", &attend);
+  m.def("read_bandwidth", &read_bandwidth);
+
+  py::class_<Matrix>(m, "Matrix");
+  py::class_<HeldMatrix, Matrix>(m, "HeldMatrix")
+      .def(py::init(&hold), py::arg("kernels"), py::arg("kind"), py::arg("rows"), py::arg("columns"),
+           py::arg("group"), py::arg("packed"), py::arg("bias") = py::none())
+      .def_readonly("rows", &HeldMatrix::rows)
+      .def_readonly("columns", &HeldMatrix::columns);
+  py::class_<Surrogate>(m, "Surrogate")
+      .def(py::init<>())
+      .def_readwrite("gate", &Surrogate::gate)
+      .def_readwrite("up", &Surrogate::up)
+      .def_readwrite("down", &Surrogate::down)
+      .def_readwrite("offset", &Surrogate::offset);
+  py::class_<Branch>(m, "Branch")
+      .def(py::init<>())
+      .def_readwrite("norm", &Branch::norm)
+      .def_readwrite("gated", &Branch::gated)
+      .def_readwrite("follows", &Branch::follows)
+      .def_readwrite("score", &Branch::score)
+      .def_readwrite("bias", &Branch::bias)
+      .def_readwrite("surrogate", &Branch::surrogate);
+  py::class_<Layer>(m, "Layer")
+      .def(py::init<>())
+      .def_readwrite("attention", &Layer::attention)
+      .def_readwrite("mlp", &Layer::mlp)
+      .def_readwrite("q", &Layer::q)
+      .def_readwrite("k", &Layer::k)
+      .def_readwrite("v", &Layer::v)
+      .def_readwrite("o", &Layer::o)
+      .def_readwrite("gate", &Layer::gate)
+      .def_readwrite("up", &Layer::up)
+      .def_readwrite("down", &Layer::down)
+      .def_readwrite("q_norm", &Layer::q_norm)
+      .def_readwrite("k_norm", &Layer::k_norm)
+      .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("copies", &Layer::copies);
+  py::class_<Shape>(m, "Shape")
+      .def(py::init<>())
+      .def_readwrite("width", &Shape::width)
+      .def_readwrite("heads", &Shape::heads)
+      .def_readwrite("kv_heads", &Shape::kv_heads)
+      .def_readwrite("head_dim", &Shape::head_dim)
+      .def_readwrite("inner", &Shape::inner)
+      .def_readwrite("vocabulary", &Shape::vocabulary)
+      .def_readwrite("rows", &Shape::rows)
+      .def_readwrite("context", &Shape::context)
+      .def_readwrite("rotated", &Shape::rotated)
+      .def_readwrite("eps", &Shape::eps)
+      .def_readwrite("scale", &Shape::scale)
+      .def_readwrite("bf16_cache", &Shape::bf16_cache)
+      .def_readwrite("bf16_embedding", &Shape::bf16_embedding);
+  py::class_<HeldModel>(m, "Model")
+      .def(py::init<const Shape&, const std::string&, int>())
+      .def("finish", &HeldModel::finish)
+      .def("run", &HeldModel::run)
+      .def_property_readonly("cache_bytes", [](const HeldModel& held) { return 2 * held.model.cache_bytes(); });
+}

@@ -1,0 +1,61 @@
+// Which kernels a processor can run, and how weights are packed for them.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pack.h"
+
+namespace gateskip {
+
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> found;
+#if GATESKIP_X86
+  // asked here, where nothing is compiled for a processor that may not be there
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
+      found.push_back(&avx512_kernels);
+    if (__builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
+    found.push_back(&avx2_kernels);
+  }
+#endif
+  found.push_back(&portable_kernels);
+  return found;
+}
+
+void pack_codes(const Matrix& m, int lanes, const uint8_t* codes, const float* scale, const uint8_t* zero,
+                uint8_t* to) {
+  const int step = m.kind == Kind::int4 ? 8 : 4, all = padded(m.columns, kChunk);
+  for (int row = 0; row < m.rows; ++row) {
+    const int lane = row % lanes;
+    uint8_t* at = to + row / lanes * block_bytes(m, lanes);
+    for (int group = 0; group < groups(m); ++group) {
+      std::memcpy(at + 4 * lane, scale + size_t(row) * groups(m) + group, 4);
+      at[4 * lanes + lane] = zero[size_t(row) * groups(m) + group];
+      at += 5 * lanes;
+      const int end = std::min((group + 1) * m.group, all);
+      for (int column = group * m.group; column < end; column += step, at += 4 * lanes)
+        for (int i = 0; i < step && column + i < m.columns; ++i) {
+          const uint8_t code = codes[size_t(row) * m.columns + column + i];
+          at[4 * lane + i % 4] |= i < 4 ? code : code << 4;
+        }
+    }
+  }
+}
+
+void pack_floats(const Matrix& m, int lanes, const float* weight, uint8_t* to) {
+  for (int row = 0; row < m.rows; ++row)
+    for (int column = 0; column < m.columns; ++column) {
+      const size_t place = (row / lanes * size_t(m.columns) + column) * lanes + row % lanes;
+      const float value = weight[size_t(row) * m.columns + column];
+      if (m.kind == Kind::bf16) {
+        const uint16_t half = to_bf16(value);
+        std::memcpy(to + 2 * place, &half, 2);
+      } else {
+        std::memcpy(to + 4 * place, &value, 4);
+      }
+    }
+}
+
+}  // namespace gateskip

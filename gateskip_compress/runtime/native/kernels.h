@@ -1,0 +1,106 @@
+// What a processor does to numbers: one table of functions per instruction set, and the layout of weights they read.
+//
+// A matrix is cut into blocks of `lanes` output rows. Inside a block, neighbouring bytes belong to neighbouring rows, so
+// one vector holds the same columns of every row of the block, and sums need no horizontal additions:
+//
+//   int4  for each group: lanes scales (float), lanes zero points (byte); then for each 8 columns, for each row, 4 bytes:
+//         column c in the low half of byte c, column 4 + c in its high half
+//   int8  the same, with 4 columns in 4 bytes
+//   bf16, f32  for each column, one value per row
+//
+// Activations are rounded to 8 bits in chunks of 32 that share a scale: x = scale * q. With codes w, zero points z and
+// weight scales s of a group, one output is
+//
+//   y = bias + sum over groups of s * (sum over chunks of scale * (w · q) - z * sum over chunks of scale * sum(q))
+//
+// w · q is an exact integer. Every float operation of a token is done in the same order however many tokens there are
+// in a call, so k tokens in one call give the bits of k calls: speculation rests on it. The files are compiled without
+// contraction of a * b + c, which would leave that order to the compiler.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace gateskip {
+
+constexpr int kChunk = 32;       // activations that share a scale
+constexpr int kMostQueries = 4;  // that one call of `attend` takes
+
+enum class Kind { int4, int8, bf16, f32 };
+
+// Packed weights (see `pack.h`); the memory belongs to someone else.
+struct Matrix {
+  Kind kind = Kind::f32;
+  int rows = 0, columns = 0, group = 0;
+  const uint8_t* data = nullptr;
+  const float* bias = nullptr;  // one per row, padded to whole blocks; or none
+};
+
+// The inputs of a product, as floats and rounded, for many tokens.
+struct Activations {
+  int columns = 0;  // whole chunks
+  float* x = nullptr;
+  int8_t* q = nullptr;
+  float* scale = nullptr;  // per chunk
+  float* sum = nullptr;    // per chunk: scale * sum(q)
+
+  int chunks() const { return columns / kChunk; }
+  float* floats(int token) const { return x + size_t(token) * columns; }
+};
+
+// Queries that read the same keys and values. Keys lie in blocks of `lanes` positions, [block][head_dim][lanes]; values
+// lie by position, [position][head_dim]. Elements are bf16 or float.
+struct Queries {
+  int count;                                // 1..kMostQueries
+  const float* query[kMostQueries];         // already scaled
+  float* out[kMostQueries];                 // head_dim each
+  int seen[kMostQueries];                   // positions that the query sees: 0 .. seen - 1
+  const void *keys, *values;
+  int head_dim;
+  float* scores;  // room for kMostQueries rows of `room`, a multiple of lanes and at least every `seen`
+  size_t room;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  // Rows of the blocks [begin, end) for the tokens listed: out[token * stride + row].
+  void (*multiply)(const Matrix&, int begin, int end, const Activations&, const int* tokens, int count, float* out,
+                   size_t stride);
+  // Rounds a token's floats from column `begin`, the first of a chunk, to `end`, and zeros the rest of the last chunk.
+  // An infinite or undefined value makes its chunk's scale undefined, and so every output.
+  void (*quantize)(const Activations&, int token, int begin, int end);
+  // y = weight * x / sqrt(mean(x²) + eps); y may be x.
+  void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
+  float (*dot)(const float* x, const float* y, int width);
+  // gate = silu(gate) * up
+  void (*swiglu)(float* gate, const float* up, int width);
+  void (*attend)(const Queries&, bool bf16);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GATESKIP_X86 1
+extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
+#else
+#define GATESKIP_X86 0
+#endif
+extern const Kernels portable_kernels;
+
+// Those that this processor can run, the fastest first; the last, `portable`, runs anywhere.
+std::vector<const Kernels*> usable_kernels();
+
+inline int blocks(const Matrix& m, int lanes) { return (m.rows + lanes - 1) / lanes; }
+
+inline int padded(int value, int step) { return (value + step - 1) / step * step; }
+
+inline int groups(const Matrix& m) { return (m.columns + m.group - 1) / m.group; }
+
+inline size_t block_bytes(const Matrix& m, int lanes) {
+  if (m.kind == Kind::bf16) return size_t(m.columns) * lanes * 2;
+  if (m.kind == Kind::f32) return size_t(m.columns) * lanes * 4;
+  const size_t codes = size_t(padded(m.columns, kChunk)) * lanes;
+  return size_t(groups(m)) * 5 * lanes + (m.kind == Kind::int4 ? codes / 2 : codes);
+}
+
+}  // namespace gateskip

@@ -1,0 +1,367 @@
+// The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
+//
+// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 (loads lanes of them),
+// bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
+// in all lanes); Sum4 and Sum8, which add up codes times activations, and `middle8`, what Sum8 takes off each code.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace gateskip {
+namespace {  // each instruction set keeps its own copy: the linker must not pick one that the processor lacks
+
+template <class V>
+using F = typename V::F;
+
+template <class V>
+inline float total(F<V> v) {
+  float lane[V::lanes], sum = 0;
+  V::store(lane, v);
+  for (int i = 0; i < V::lanes; ++i) sum += lane[i];
+  return sum;
+}
+
+template <class V>
+inline F<V> larger(F<V> a, F<V> b) {
+  return a > b ? a : b;
+}
+
+// e^x by Cephes' polynomial, error 2 units in the last place; x is clamped to where the result is a normal number.
+template <class V>
+inline F<V> exponential(F<V> x) {
+  using I = typename V::I;
+  const F<V> round = V::set(12582912.0f);  // 1.5 * 2^23: what is added and taken off again is rounded to a whole number
+  x = x < V::set(-87.3f) ? V::set(-87.3f) : x;
+  x = x > V::set(88.3f) ? V::set(88.3f) : x;
+  const F<V> shifted = V::fma(x, V::set(1.44269504f), round), n = shifted - round;
+  F<V> r = V::fma(n, V::set(-0.693359375f), x);
+  r = V::fma(n, V::set(2.12194440e-4f), r);
+  constexpr float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  F<V> p = V::set(1.9875691500e-4f);
+  for (float term : terms) p = V::fma(p, r, V::set(term));
+  p = V::fma(p * r, r, r + V::set(1.0f));
+  return (F<V>)((I)p + ((I)shifted << 23));
+}
+
+// ---- products
+
+template <class V, Kind K>
+struct Coded {};
+
+template <class V>
+struct Coded<V, Kind::int4> {
+  using Sum = typename V::Sum4;
+  static constexpr int step = 8;  // columns in one load
+  static constexpr float middle = 0;
+  template <int T>
+  static void add(Sum (&sum)[T], const uint8_t* at, const int8_t* const (&q)[T], int column) {
+    const auto codes = V::codes(at);
+    const auto low = V::low(codes), high = V::high(codes);
+    for (int t = 0; t < T; ++t) sum[t].add(low, V::quad(q[t] + column));
+    for (int t = 0; t < T; ++t) sum[t].add(high, V::quad(q[t] + column + 4));
+  }
+};
+
+template <class V>
+struct Coded<V, Kind::int8> {
+  using Sum = typename V::Sum8;
+  static constexpr int step = 4;
+  static constexpr float middle = V::middle8;
+  template <int T>
+  static void add(Sum (&sum)[T], const uint8_t* at, const int8_t* const (&q)[T], int column) {
+    const auto codes = V::codes(at);
+    for (int t = 0; t < T; ++t) sum[t].add(codes, V::quad(q[t] + column));
+  }
+};
+
+// One block of rows times T tokens.
+template <class V, Kind K, int T>
+inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
+  using C = Coded<V, K>;
+  const int8_t* q[T];
+  const float *scale[T], *sum[T];
+  for (int t = 0; t < T; ++t) {
+    q[t] = a.q + size_t(tokens[t]) * a.columns;
+    scale[t] = a.scale + size_t(tokens[t]) * a.chunks();
+    sum[t] = a.sum + size_t(tokens[t]) * a.chunks();
+  }
+  const int chunks = (m.columns + kChunk - 1) / kChunk;
+  for (int chunk = 0; chunk < chunks;) {
+    const F<V> s = V::load(reinterpret_cast<const float*>(at));
+    const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
+    at += 5 * V::lanes;
+    F<V> part[T] = {};
+    float shift[T] = {};
+    const int end = chunk + m.group / kChunk < chunks ? chunk + m.group / kChunk : chunks;
+    for (; chunk < end; ++chunk) {
+      typename C::Sum dots[T];
+      for (int column = 0; column < kChunk; column += C::step, at += 4 * V::lanes)
+        C::add(dots, at, q, chunk * kChunk + column);
+      for (int t = 0; t < T; ++t) {
+        part[t] = V::fma(dots[t].value(), V::set(scale[t][chunk]), part[t]);
+        shift[t] += sum[t][chunk];
+      }
+    }
+    for (int t = 0; t < T; ++t) y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]);
+  }
+}
+
+// Four sums a token, so that one addition need not wait for the last.
+template <class V, Kind K, int T>
+inline void float_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
+  F<V> sums[T][4] = {};
+  const auto add = [&](int column, int i) {
+    F<V> w;
+    if constexpr (K == Kind::bf16)
+      w = V::bf16(reinterpret_cast<const uint16_t*>(at) + size_t(column) * V::lanes);
+    else
+      w = V::load(reinterpret_cast<const float*>(at) + size_t(column) * V::lanes);
+    for (int t = 0; t < T; ++t) sums[t][i] = V::fma(w, V::set(a.floats(tokens[t])[column]), sums[t][i]);
+  };
+  int column = 0;
+  for (; column + 4 <= m.columns; column += 4)
+    for (int i = 0; i < 4; ++i) add(column + i, i);
+  for (int i = 0; column + i < m.columns; ++i) add(column + i, i);
+  for (int t = 0; t < T; ++t) y[t] = y[t] + ((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
+}
+
+template <class V, Kind K, int T>
+inline void block_times(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
+                        size_t stride) {
+  const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
+  const int row = block * V::lanes;
+  F<V> y[T];
+  for (int t = 0; t < T; ++t) y[t] = m.bias ? V::load(m.bias + row) : V::set(0);
+  if constexpr (K == Kind::int4 || K == Kind::int8)
+    coded_block<V, K, T>(m, at, a, tokens, y);
+  else
+    float_block<V, K, T>(m, at, a, tokens, y);
+  for (int t = 0; t < T; ++t) {
+    float* to = out + tokens[t] * stride + row;
+    if (row + V::lanes <= m.rows) {
+      V::store(to, y[t]);
+    } else {
+      float lane[V::lanes];
+      V::store(lane, y[t]);
+      std::memcpy(to, lane, sizeof(float) * (m.rows - row));
+    }
+  }
+}
+
+template <class V, Kind K>
+void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
+                   size_t stride) {
+  for (int block = begin; block < end; ++block) {
+    int t = 0;
+    for (; t + 4 <= count; t += 4) block_times<V, K, 4>(m, block, a, tokens + t, out, stride);
+    for (; t + 2 <= count; t += 2) block_times<V, K, 2>(m, block, a, tokens + t, out, stride);
+    for (; t < count; ++t) block_times<V, K, 1>(m, block, a, tokens + t, out, stride);
+  }
+}
+
+template <class V>
+void multiply(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
+              size_t stride) {
+  switch (m.kind) {
+    case Kind::int4: return multiply_kind<V, Kind::int4>(m, begin, end, a, tokens, count, out, stride);
+    case Kind::int8: return multiply_kind<V, Kind::int8>(m, begin, end, a, tokens, count, out, stride);
+    case Kind::bf16: return multiply_kind<V, Kind::bf16>(m, begin, end, a, tokens, count, out, stride);
+    case Kind::f32: return multiply_kind<V, Kind::f32>(m, begin, end, a, tokens, count, out, stride);
+  }
+}
+
+// ---- what goes token by token
+
+template <class V>
+void quantize(const Activations& a, int token, int begin, int end) {
+  using I = typename V::I;
+  const F<V> round = V::set(12582912.0f);
+  float* x = a.floats(token);
+  for (int column = end; column < padded(end, kChunk); ++column) x[column] = 0;
+  for (int first = begin; first < end; first += kChunk) {
+    F<V> most = V::set(0), poison = V::set(0);
+    for (int i = 0; i < kChunk; i += V::lanes) {
+      const F<V> v = V::load(x + first + i);
+      most = larger<V>(most, larger<V>(v, -v));
+      poison = V::fma(v, V::set(0), poison);
+    }
+    float lane[V::lanes], top = 0;
+    V::store(lane, most);
+    for (float value : lane) top = value > top ? value : top;
+    const float scale = top / 127 + total<V>(poison), back = top > 0 ? 127 / top : 0;
+    int8_t* q = a.q + size_t(token) * a.columns + first;
+    I sums = {};
+    for (int i = 0; i < kChunk; i += V::lanes) {
+      // a denormal top makes `back` infinite: the bounds hold what it would throw out of range
+      F<V> v = V::load(x + first + i) * V::set(back);
+      v = v > V::set(127) ? V::set(127) : v;
+      v = v > V::set(-127) ? v : V::set(-127);
+      const I code = (I)(v + round) - (I)round;
+      sums += code;
+      int32_t codes[V::lanes];
+      std::memcpy(codes, &code, sizeof codes);
+      for (int j = 0; j < V::lanes; ++j) q[i + j] = static_cast<int8_t>(codes[j]);
+    }
+    int32_t part[V::lanes], sum = 0;
+    std::memcpy(part, &sums, sizeof part);
+    for (int value : part) sum += value;
+    a.scale[size_t(token) * a.chunks() + first / kChunk] = scale;
+    a.sum[size_t(token) * a.chunks() + first / kChunk] = scale * static_cast<float>(sum);
+  }
+}
+
+template <class V>
+float dot(const float* x, const float* y, int width) {
+  F<V> sum = V::set(0);
+  int i = 0;
+  for (; i + V::lanes <= width; i += V::lanes) sum = V::fma(V::load(x + i), V::load(y + i), sum);
+  float rest = total<V>(sum);
+  for (; i < width; ++i) rest += x[i] * y[i];
+  return rest;
+}
+
+template <class V>
+void norm(const float* x, const float* weight, int width, float eps, float* y) {
+  const float scale = 1 / std::sqrt(dot<V>(x, x, width) / static_cast<float>(width) + eps);
+  int i = 0;
+  for (; i + V::lanes <= width; i += V::lanes) V::store(y + i, V::load(x + i) * V::set(scale) * V::load(weight + i));
+  for (; i < width; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+template <class V>
+inline F<V> silu(F<V> x) {
+  return x / (V::set(1) + exponential<V>(-x));
+}
+
+template <class V>
+void swiglu(float* gate, const float* up, int width) {
+  int i = 0;
+  for (; i + V::lanes <= width; i += V::lanes)
+    V::store(gate + i, silu<V>(V::load(gate + i)) * V::load(up + i));
+  if (i == width) return;
+  float g[V::lanes] = {}, u[V::lanes] = {};
+  std::memcpy(g, gate + i, sizeof(float) * (width - i));
+  std::memcpy(u, up + i, sizeof(float) * (width - i));
+  V::store(g, silu<V>(V::load(g)) * V::load(u));
+  std::memcpy(gate + i, g, sizeof(float) * (width - i));
+}
+
+// ---- attention
+
+template <class V>
+inline F<V> element(const uint16_t* at) {
+  return V::bf16(at);
+}
+
+template <class V>
+inline F<V> element(const float* at) {
+  return V::load(at);
+}
+
+// Scores of Q queries at the key blocks [block, block + B).
+template <class V, class E, int Q, int B>
+inline void score_blocks(const Queries& to, int first, int block) {
+  const E* keys = static_cast<const E*>(to.keys) + size_t(block) * to.head_dim * V::lanes;
+  F<V> sums[B][Q] = {};
+  for (int d = 0; d < to.head_dim; ++d)
+    for (int b = 0; b < B; ++b) {
+      const F<V> k = element<V>(keys + (size_t(b) * to.head_dim + d) * V::lanes);
+      for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(to.query[first + i][d]), k, sums[b][i]);
+    }
+  for (int b = 0; b < B; ++b)
+    for (int i = 0; i < Q; ++i) V::store(to.scores + (first + i) * to.room + size_t(block + b) * V::lanes, sums[b][i]);
+}
+
+// Scores to weights that sum to 1; what lies after `seen` becomes 0.
+template <class V>
+inline void softmax(float* scores, int seen) {
+  float top = scores[0];
+  F<V> most = V::set(top);
+  int i = 0;
+  for (; i + V::lanes <= seen; i += V::lanes) most = larger<V>(V::load(scores + i), most);
+  float lane[V::lanes];
+  V::store(lane, most);
+  for (float value : lane) top = value > top ? value : top;
+  for (; i < seen; ++i) top = scores[i] > top ? scores[i] : top;
+  F<V> sum = V::set(0);
+  for (i = 0; i < seen; i += V::lanes) {
+    F<V> e = exponential<V>(V::load(scores + i) - V::set(top));
+    if (i + V::lanes > seen) {
+      V::store(lane, e);
+      for (int j = seen - i; j < V::lanes; ++j) lane[j] = 0;
+      e = V::load(lane);
+    }
+    V::store(scores + i, e);
+    sum = sum + e;
+  }
+  const F<V> scale = V::set(1 / total<V>(sum));
+  for (i = 0; i < seen; i += V::lanes) V::store(scores + i, V::load(scores + i) * scale);
+}
+
+// Adds the values of positions [begin, end) to columns [column, column + W * lanes) of Q outputs.
+template <class V, class E, int Q, int W>
+inline void mix(const Queries& to, int first, int column, int begin, int end) {
+  F<V> sums[Q][W];
+  for (int i = 0; i < Q; ++i)
+    for (int w = 0; w < W; ++w) sums[i][w] = V::load(to.out[first + i] + column + w * V::lanes);
+  const E* values = static_cast<const E*>(to.values) + column;
+  for (int p = begin; p < end; ++p)
+    for (int w = 0; w < W; ++w) {
+      const F<V> v = element<V>(values + size_t(p) * to.head_dim + w * V::lanes);
+      for (int i = 0; i < Q; ++i)
+        sums[i][w] = V::fma(V::set(to.scores[(first + i) * to.room + p]), v, sums[i][w]);
+    }
+  for (int i = 0; i < Q; ++i)
+    for (int w = 0; w < W; ++w) V::store(to.out[first + i] + column + w * V::lanes, sums[i][w]);
+}
+
+template <class V, class E, int Q>
+inline void mix_all(const Queries& to, int first, int begin, int end) {
+  constexpr int W = 8 / Q;
+  int column = 0;
+  for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes) mix<V, E, Q, W>(to, first, column, begin, end);
+  for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end);
+}
+
+// Q queries from `first` on. What only some of them see is added query by query.
+template <class V, class E, int Q>
+void attend_some(const Queries& to, int first) {
+  int least = to.seen[first], most = least;
+  for (int i = 1; i < Q; ++i) {
+    least = to.seen[first + i] < least ? to.seen[first + i] : least;
+    most = to.seen[first + i] > most ? to.seen[first + i] : most;
+  }
+  constexpr int B = 8 / Q;
+  const int blocks = (most + V::lanes - 1) / V::lanes;
+  int block = 0;
+  for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block);
+  for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block);
+  for (int i = first; i < first + Q; ++i) {
+    softmax<V>(to.scores + i * to.room, to.seen[i]);
+    std::memset(to.out[i], 0, sizeof(float) * to.head_dim);
+  }
+  mix_all<V, E, Q>(to, first, 0, least);
+  for (int i = first; i < first + Q; ++i) mix_all<V, E, 1>(to, i, least, to.seen[i]);
+}
+
+template <class V, class E>
+void attend_all(const Queries& to) {
+  int first = 0;
+  for (; first + 4 <= to.count; first += 4) attend_some<V, E, 4>(to, first);
+  for (; first + 2 <= to.count; first += 2) attend_some<V, E, 2>(to, first);
+  for (; first < to.count; ++first) attend_some<V, E, 1>(to, first);
+}
+
+template <class V>
+void attend(const Queries& to, bool bf16) {
+  bf16 ? attend_all<V, uint16_t>(to) : attend_all<V, float>(to);
+}
+
+template <class V>
+constexpr Kernels table(const char* name) {
+  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, swiglu<V>, attend<V>};
+}
+
+}  // namespace
+}  // namespace gateskip

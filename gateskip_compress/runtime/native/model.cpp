@@ -1,0 +1,315 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "pack.h"
+
+namespace gateskip {
+namespace {
+
+// The first `count` channels of a head, turned by half-split rotary positions (arXiv 2104.09864).
+void rotate(float* head, const float* cos, const float* sin, int count) {
+  const int half = count / 2;
+  for (int i = 0; i < half; ++i) {
+    const float left = head[i], right = head[i + half];
+    head[i] = left * cos[i] - right * sin[i];
+    head[i + half] = right * cos[i + half] + left * sin[i + half];
+  }
+}
+
+}  // namespace
+
+Model::Model(const Shape& s, const Kernels& k, int threads)
+    : shape(s), kernels(k), team_(threads), lists_(threads), keys_(nullptr, std::free), values_(nullptr, std::free) {}
+
+size_t Model::cache_bytes() const {
+  return size_t(shape.rows) * layers.size() * shape.kv_heads * padded(shape.context, kernels.lanes) * shape.head_dim *
+         (shape.bf16_cache ? 2 : 4);
+}
+
+float* Model::floats(size_t count) {
+  owned_.emplace_back(new uint8_t[4 * count + 64]());
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(owned_.back().get()) + 63) / 64 * 64);
+}
+
+Activations Model::activations(int columns) {
+  Activations a;
+  a.columns = padded(columns, kChunk);
+  a.x = floats(size_t(kWindow) * a.columns);
+  a.q = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
+  a.scale = floats(size_t(kWindow) * a.chunks());
+  a.sum = floats(size_t(kWindow) * a.chunks());
+  return a;
+}
+
+void Model::prepare() {
+  const int queries = shape.heads * shape.head_dim, others = shape.kv_heads * shape.head_dim;
+  normed_ = activations(shape.width);
+  mixed_ = activations(queries);
+  inner_ = activations(shape.inner);
+  hidden_ = floats(size_t(kWindow) * shape.width);
+  qkv_ = floats(size_t(kWindow) * (queries + 2 * others));
+  up_ = floats(size_t(kWindow) * shape.inner);
+  out_ = floats(size_t(kWindow) * shape.width);
+  scores_ = floats(size_t(team_.size()) * kMostQueries * padded(shape.context, kernels.lanes));
+  logits_ = floats(size_t(kLogits) * shape.vocabulary);
+  best_.resize(size_t(team_.size()) * kLogits);
+  keep_.resize(2 * layers.size() * kWindow);
+  keys_.reset(static_cast<uint8_t*>(std::calloc(cache_bytes(), 1)));  // pages come when they are written
+  values_.reset(static_cast<uint8_t*>(std::calloc(cache_bytes(), 1)));
+  if (!keys_ || !values_) throw std::bad_alloc();
+  for (Lists& lists : lists_)
+    for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
+}
+
+void Model::run(const Call& call) {
+  team_.run([&](int thread) { work(call, thread); });
+}
+
+Model::Range Model::share(int count, int thread) const {
+  const auto at = [&](int part) { return static_cast<int>(int64_t(count) * part / team_.size()); };
+  return {at(thread), at(thread + 1)};
+}
+
+void Model::work(const Call& call, int thread) {
+  lists_[thread].all.clear();
+  for (int token = 0; token < call.count; ++token) lists_[thread].all.push_back(token);
+  embed(call, thread);
+  for (int layer = 0; layer < static_cast<int>(layers.size()); ++layer) {
+    attention(call, layer, thread);
+    mlp(call, layer, thread);
+  }
+  read_out(call, thread);
+}
+
+void Model::embed(const Call& call, int thread) {
+  const auto [begin, end] = share(call.count, thread);
+  for (int token = begin; token < end; ++token) {
+    const size_t from = size_t(call.ids[token]) * shape.width;
+    float* to = hidden_ + size_t(token) * shape.width;
+    if (!shape.bf16_embedding) {
+      std::memcpy(to, static_cast<const float*>(embedding) + from, sizeof(float) * shape.width);
+      continue;
+    }
+    for (int i = 0; i < shape.width; ++i) {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(embedding)[from + i]) << 16;
+      std::memcpy(to + i, &bits, 4);
+    }
+  }
+}
+
+// Normalises the stream and decides which tokens run the branch, each thread for its tokens; then lists them.
+void Model::enter(const Call& call, const Branch& branch, int index, int thread) {
+  const bool decides = call.thresholds && branch.gated;
+  uint8_t* keep = keep_.data() + size_t(index) * kWindow;
+  const auto [begin, end] = share(call.count, thread);
+  for (int token = begin; token < end; ++token) {
+    float* x = normed_.floats(token);
+    kernels.norm(hidden_ + size_t(token) * shape.width, branch.norm.data(), shape.width, shape.eps, x);
+    kernels.quantize(normed_, token, 0, shape.width);
+    keep[token] = 1;
+    if (decides && branch.follows) keep[token] = keep[token - kWindow];
+    if (decides && !branch.follows) {
+      const float score = kernels.dot(x, branch.score.data(), shape.width) + branch.bias;
+      keep[token] = score > call.thresholds[index] || call.positions[token] == 0;
+      if (call.scores) call.scores[size_t(index) * call.count + token] = score;
+    }
+    if (call.kept) call.kept[size_t(index) * call.count + token] = keep[token];
+  }
+  team_.wait();
+  Lists& lists = lists_[thread];
+  lists.kept.clear();
+  lists.skipped.clear();
+  for (int token = 0; token < call.count; ++token) (keep[token] ? lists.kept : lists.skipped).push_back(token);
+}
+
+void Model::attention(const Call& call, int index, int thread) {
+  const Layer& layer = layers[index];
+  const Lists& lists = lists_[thread];
+  enter(call, layer.attention, 2 * index, thread);
+  const int queries = shape.heads * shape.head_dim, others = shape.kv_heads * shape.head_dim;
+  const size_t stride = queries + 2 * others;
+  const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
+  multiply(layer.q, normed_, lists.kept, qkv_, stride, thread);
+  multiply(layer.k, normed_, remembered, qkv_ + queries, stride, thread);
+  multiply(layer.v, normed_, remembered, qkv_ + queries + others, stride, thread);
+  replace_inner(layer.attention.surrogate, lists.skipped, thread);
+  team_.wait();
+  const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
+  const auto [begin, end] = share(call.count, thread);
+  for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
+  team_.wait();
+  attend(call, index, lists.kept, thread);
+  team_.wait();
+  for (int token = begin; token < end; ++token)
+    if (keep[token]) kernels.quantize(mixed_, token, 0, queries);
+  team_.wait();
+  multiply_add(layer.o, mixed_, lists.kept, thread);
+  replace_outer(layer.attention.surrogate, lists.skipped, thread);
+  team_.wait();
+}
+
+void Model::mlp(const Call& call, int index, int thread) {
+  const Layer& layer = layers[index];
+  const Lists& lists = lists_[thread];
+  enter(call, layer.mlp, 2 * index + 1, thread);
+  glu(layer.gate, layer.up, lists.kept, thread);
+  replace_inner(layer.mlp.surrogate, lists.skipped, thread);
+  team_.wait();
+  multiply_add(layer.down, inner_, lists.kept, thread);
+  replace_outer(layer.mlp.surrogate, lists.skipped, thread);
+  team_.wait();
+}
+
+// Where a token's keys and values of one head begin in the cache: the first element of its row, in elements.
+size_t Model::slot(const Call& call, int layer, int token, int head) const {
+  const size_t row = (size_t(call.rows[token]) * layers.size() + layer) * shape.kv_heads + head;
+  return row * padded(shape.context, kernels.lanes) * shape.head_dim;
+}
+
+// Finishes a token's queries, and puts its keys and values into the cache.
+void Model::place(const Call& call, int index, int token, bool kept) {
+  const Layer& layer = layers[index];
+  const int d = shape.head_dim, lanes = kernels.lanes, position = call.positions[token];
+  float* query = qkv_ + size_t(token) * (shape.heads + 2 * shape.kv_heads) * d;
+  const float *c = cos + size_t(position) * shape.rotated, *s = sin + size_t(position) * shape.rotated;
+  const auto finish = [&](float* head, const std::vector<float>& weight) {
+    if (!weight.empty()) kernels.norm(head, weight.data(), d, shape.eps, head);
+    if (layer.rotary) rotate(head, c, s, shape.rotated);
+  };
+  for (int head = 0; kept && head < shape.heads; ++head) {
+    finish(query + head * d, layer.q_norm);
+    for (int i = 0; i < d; ++i) query[head * d + i] *= shape.scale;
+  }
+  const bool copied = layer.copies && !kept;
+  const size_t key_place = size_t(position / lanes) * d * lanes + position % lanes, value_place = size_t(position) * d;
+  for (int head = 0; head < shape.kv_heads; ++head) {
+    float *key = query + (shape.heads + head) * d, *value = key + shape.kv_heads * d;
+    if (!copied) finish(key, layer.k_norm);
+    const size_t to = slot(call, index, token, head), from = copied ? slot(call, index - 1, token, head) : 0;
+    const auto put = [&](auto* keys, auto* values, auto convert) {
+      for (int i = 0; i < d; ++i) {
+        const size_t k = key_place + size_t(i) * lanes, v = value_place + i;
+        keys[to + k] = copied ? keys[from + k] : convert(key[i]);
+        values[to + v] = copied ? values[from + v] : convert(value[i]);
+      }
+    };
+    if (shape.bf16_cache)
+      put(reinterpret_cast<uint16_t*>(keys_.get()), reinterpret_cast<uint16_t*>(values_.get()), to_bf16);
+    else
+      put(reinterpret_cast<float*>(keys_.get()), reinterpret_cast<float*>(values_.get()), [](float x) { return x; });
+  }
+}
+
+// Queries in the order of heads that share keys, then tokens: each thread takes a run of them, a few at a time.
+void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
+  const int d = shape.head_dim, group = shape.heads / shape.kv_heads;
+  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d, size = shape.bf16_cache ? 2 : 4;
+  const int of_head = static_cast<int>(tokens.size()) * group;
+  Queries to;
+  to.head_dim = d;
+  to.room = padded(shape.context, kernels.lanes);
+  to.scores = scores_ + size_t(thread) * kMostQueries * to.room;
+  const auto [begin, end] = share(of_head * shape.kv_heads, thread);
+  for (int at = begin; at < end; at += to.count) {
+    const int kv_head = at / of_head, row = call.rows[tokens[at % of_head / group]];
+    to.count = 0;
+    for (int i = at; i < end && to.count < kMostQueries && i / of_head == kv_head; ++i) {
+      const int token = tokens[i % of_head / group], head = kv_head * group + i % group;
+      if (call.rows[token] != row) break;
+      to.query[to.count] = qkv_ + token * stride + size_t(head) * d;
+      to.out[to.count] = mixed_.floats(token) + size_t(head) * d;
+      to.seen[to.count++] = call.positions[token] + 1;
+    }
+    const size_t place = slot(call, layer, tokens[at % of_head / group], kv_head) * size;
+    to.keys = keys_.get() + place;
+    to.values = values_.get() + place;
+    kernels.attend(to, shape.bf16_cache);
+  }
+}
+
+void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to,
+                     size_t stride, int thread) {
+  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
+  kernels.multiply(m, begin, end, from, tokens.data(), static_cast<int>(tokens.size()), to, stride);
+}
+
+// The product is added to the stream.
+void Model::multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread) {
+  multiply(m, from, tokens, out_, shape.width, thread);
+  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
+  const int first = begin * kernels.lanes, last = std::min(end * kernels.lanes, m.rows);
+  for (int token : tokens) {
+    float* to = hidden_ + size_t(token) * shape.width;
+    const float* y = out_ + size_t(token) * shape.width;
+    for (int row = first; row < last; ++row) to[row] += y[row];
+  }
+}
+
+// Whole chunks of channels to each thread, so that it can round them at once.
+void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
+  const auto [begin, end] = share(padded(gate.rows, kChunk) / kChunk, thread);
+  const int first = begin * kChunk, last = std::min(end * kChunk, gate.rows), lanes = kernels.lanes;
+  if (first >= last) return;
+  const int from = first / lanes, to = (last + lanes - 1) / lanes, count = static_cast<int>(tokens.size());
+  kernels.multiply(gate, from, to, normed_, tokens.data(), count, inner_.x, inner_.columns);
+  kernels.multiply(up, from, to, normed_, tokens.data(), count, up_, shape.inner);
+  for (int token : tokens) {
+    kernels.swiglu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first);
+    kernels.quantize(inner_, token, first, last);
+  }
+}
+
+void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
+  if (surrogate.up.data)
+    glu(surrogate.gate, surrogate.up, tokens, thread);
+  else if (surrogate.gate.data)
+    multiply(surrogate.gate, normed_, tokens, inner_.x, inner_.columns, thread);
+}
+
+void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
+  if (surrogate.down.data) return multiply_add(surrogate.down, inner_, tokens, thread);
+  if (surrogate.offset.empty()) return;
+  const auto [begin, end] = share(shape.width, thread);
+  for (int token : tokens)
+    for (int i = begin; i < end; ++i) hidden_[size_t(token) * shape.width + i] += surrogate.offset[i];
+}
+
+// Logits of the wanted tokens, and the largest of each.
+void Model::read_out(const Call& call, int thread) {
+  for (int first = 0; first < call.wanted; first += kLogits) {
+    const int count = std::min(kLogits, call.wanted - first);
+    const auto [begin, end] = share(count, thread);
+    for (int i = begin; i < end; ++i) {
+      const float* stream = hidden_ + size_t(call.want[first + i]) * shape.width;
+      kernels.norm(stream, norm.data(), shape.width, shape.eps, normed_.floats(i));
+      kernels.quantize(normed_, i, 0, shape.width);
+    }
+    team_.wait();
+    float* logits = call.logits ? call.logits + size_t(first) * shape.vocabulary : logits_;
+    const auto [from, to] = share(blocks(head, kernels.lanes), thread);
+    kernels.multiply(head, from, to, normed_, lists_[thread].all.data(), count, logits, shape.vocabulary);
+    const int last = std::min(to * kernels.lanes, shape.vocabulary);
+    for (int i = 0; i < count; ++i) {
+      const float* row = logits + size_t(i) * shape.vocabulary;
+      best_[thread * kLogits + i] =
+          from < to ? static_cast<int>(std::max_element(row + from * kernels.lanes, row + last) - row) : -1;
+    }
+    team_.wait();
+    for (int i = begin; i < end; ++i) {
+      const float* row = logits + size_t(i) * shape.vocabulary;
+      int best = 0;
+      for (int member = 0; member < team_.size(); ++member) {
+        const int found = best_[member * kLogits + i];
+        if (found >= 0 && row[found] > row[best]) best = found;
+      }
+      call.best[first + i] = best;
+    }
+    team_.wait();
+  }
+}
+
+}  // namespace gateskip

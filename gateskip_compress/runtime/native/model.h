@@ -1,0 +1,120 @@
+// A model of the Llama family that decodes: blocks of attention and MLP with gates, over a cache of keys and values.
+//
+// A call runs any tokens: one of one sequence (decoding), several of one (a prompt, or drafted tokens to verify), or one
+// of each of several. A token is a row of the cache and a position in it; it sees that row's positions up to its own.
+// What a token gives does not depend on the others in its call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace gateskip {
+
+constexpr int kWindow = 128;  // tokens of one call
+constexpr int kLogits = 16;   // tokens whose logits are held at once
+
+// What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
+struct Surrogate {
+  Matrix gate, up, down;
+  std::vector<float> offset;
+};
+
+struct Branch {
+  std::vector<float> norm;
+  bool gated = false, follows = false;  // a gate of its own, or the decision of the block's attention
+  std::vector<float> score;
+  float bias = 0;
+  Surrogate surrogate;
+};
+
+struct Layer {
+  Branch attention, mlp;
+  Matrix q, k, v, o, gate, up, down;
+  std::vector<float> q_norm, k_norm;  // per channel of a head, or none
+  bool rotary = true;
+  bool copies = false;  // tokens that skip attention take keys and values of the layer below
+};
+
+struct Shape {
+  int width = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
+  int rows = 1, context = 0;  // of the cache
+  int rotated = 0;            // channels of a head that turn with the position
+  float eps = 0, scale = 0;   // of norms; of queries
+  bool bf16_cache = true, bf16_embedding = false;
+};
+
+struct Call {
+  int count = 0;
+  const int32_t *ids = nullptr, *rows = nullptr, *positions = nullptr;
+  const float* thresholds = nullptr;  // attention of layer l at 2l, its MLP at 2l + 1; or none: all run
+  int wanted = 0;
+  const int32_t* want = nullptr;  // tokens whose logits are computed
+  float* logits = nullptr;        // (wanted, vocabulary), or none
+  int32_t* best = nullptr;        // (wanted): the first of the largest logits
+  uint8_t* kept = nullptr;        // (2 layers, count), or none
+  float* scores = nullptr;        // the same; of gates that were evaluated
+};
+
+class Model {
+ public:
+  Model(const Shape& shape, const Kernels& kernels, int threads);
+
+  std::vector<Layer> layers;
+  std::vector<float> norm;
+  Matrix head;
+  const void* embedding = nullptr;  // (vocabulary, width), float or bf16
+  const float *cos = nullptr, *sin = nullptr;  // (context, rotated)
+
+  const Shape shape;
+  const Kernels& kernels;
+
+  // Buffers for the layers that are there now; to be called once before the first `run`.
+  void prepare();
+  void run(const Call& call);
+  size_t cache_bytes() const;
+
+ private:
+  struct Range {
+    int begin, end;
+  };
+  // Token numbers that one thread looks up in each branch.
+  struct Lists {
+    std::vector<int> all, kept, skipped;
+  };
+
+  Range share(int count, int thread) const;
+  void work(const Call& call, int thread);
+  void embed(const Call& call, int thread);
+  void enter(const Call& call, const Branch& branch, int index, int thread);
+  void attention(const Call& call, int layer, int thread);
+  void mlp(const Call& call, int layer, int thread);
+  void place(const Call& call, int layer, int token, bool kept);
+  void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
+  void read_out(const Call& call, int thread);
+
+  void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
+                int thread);
+  void multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread);
+  void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
+  void replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
+  void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
+
+  size_t slot(const Call& call, int layer, int token, int head) const;
+  float* floats(size_t count);
+  Activations activations(int columns);
+
+  Team team_;
+  std::vector<Lists> lists_;
+  std::vector<std::unique_ptr<uint8_t[]>> owned_;
+  std::unique_ptr<uint8_t, void (*)(void*)> keys_, values_;
+  std::vector<uint8_t> keep_;  // (2 layers, kWindow)
+  Activations normed_, mixed_, inner_;
+  float *hidden_, *qkv_, *up_, *out_, *scores_, *logits_;
+  std::vector<int32_t> best_;  // (threads, kLogits)
+};
+
+}  // namespace gateskip

@@ -1,0 +1,59 @@
+// Vectors of 256 bits: the V that `kernels_body.h` asks for. Included under the target of who includes it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace gateskip {
+namespace {
+
+struct Avx2 {
+  static constexpr int lanes = 8;
+  typedef float F __attribute__((vector_size(32)));
+  typedef int32_t I __attribute__((vector_size(32)));
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F bf16(const uint16_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static F bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  static __m256i codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i low(__m256i c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
+  static __m256i high(__m256i c) { return low(_mm256_srli_epi16(c, 4)); }
+  static __m256i quad(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+  // 16-bit sums: 8 products of two columns are at most 8 * 2 * 15 * 127 = 30480.
+  struct Sum4 {
+    __m256i sum;
+    Sum4() : sum(_mm256_setzero_si256()) {}
+    void add(__m256i w, __m256i q) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q)); }
+    F value() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+  };
+  // Codes less 128, as size and sign, so that two products, 2 * 128 * 127 at most, fit 16 bits.
+  struct Sum8 {
+    __m256i sum;
+    Sum8() : sum(_mm256_setzero_si256()) {}
+    void add(__m256i w, __m256i q) {
+      const __m256i less = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(q, less));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    F value() const { return _mm256_cvtepi32_ps(sum); }
+  };
+  static constexpr float middle8 = 128;
+};
+
+}  // namespace
+}  // namespace gateskip

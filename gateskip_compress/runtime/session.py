@@ -1,0 +1,197 @@
+"""Decoding with a lowered model: `generate` takes what transformers' own takes, and gives what that would give.
+
+The loop is transformers' `custom_generate`: prompts, processors, stopping criteria and streamers are theirs, the model is
+ours. One call decodes a token for every sequence; prompts go in a window at a time, so that Ctrl-C stops them too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from ..gating.dial import dial_of, is_gated
+from .extension import extension
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call gave.
+
+    Args:
+        best: The most likely next token of each wanted token.
+        logits: Theirs, where asked for.
+        kept: Which branch ran which token, in the order of thresholds, where asked for.
+        scores: Of the gates that were evaluated, likewise; others are NaN.
+    """
+
+    best: Int[np.ndarray, " w"]
+    logits: Float[Tensor, "w v"] | None
+    kept: Bool[Tensor, "n t"] | None
+    scores: Float[Tensor, "n t"] | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A lowered model and its cache. It runs at the budget that the model's dial is set to.
+
+    Args:
+        model: The Hugging Face model it was made from, for its configuration, dial and generation loop.
+        native: The lowered one.
+        context_tokens: Positions of the cache.
+        rows: Sequences that decode together at most.
+        kernels: Which run.
+        bytes_per_token: Of weights that a token reads at full budget.
+    """
+
+    model: PreTrainedModel
+    native: Any = field(repr=False)
+    context_tokens: int
+    rows: int
+    kernels: str
+    bytes_per_token: int
+
+    def generate(self, ids: Int[Tensor, "b t"], **settings: Any) -> Int[Tensor, "b u"]:
+        """Prompt and new tokens, as `model.generate(ids, **settings)` gives them.
+
+        Args:
+            ids: Prompts; shorter ones are padded on the left, with an `attention_mask` among the settings.
+            settings: Of `model.generate`: `max_new_tokens`, `streamer`, `do_sample`, `temperature` and so on.
+
+        Raises:
+            ValueError: token ids out of range, more tokens than the cache holds, more rows than it has, or beams.
+        """
+        return self.model.generate(ids, custom_generate=self.decode, **settings)  # pyright: ignore[reportReturnType]
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Int[Tensor, "b t"],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        *,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Int[Tensor, "b u"]:
+        """The loop; pass it as `model.generate(ids, custom_generate=session.decode)`."""
+        del model
+        self.check(input_ids, generation_config)
+        sampled, prompts = bool(generation_config.do_sample), _prompts(input_ids, model_kwargs.get("attention_mask"))
+        processed = sampled or len(logits_processor) > 0
+        steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
+        positions = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
+        rows = np.arange(len(prompts), dtype=np.int32)
+        ids, alive = input_ids, torch.ones(len(rows), dtype=torch.bool)
+        logits = torch.cat([step.logits for step in steps]) if processed else None
+        best = np.concatenate([step.best for step in steps])
+        while True:
+            chosen = torch.from_numpy(best).long() if logits is None else choose(ids, logits, logits_processor, sampled)
+            if not alive.all():
+                chosen = torch.where(alive, chosen, generation_config._pad_token_tensor)
+            ids = torch.cat((ids, chosen[:, None]), dim=1)
+            if streamer is not None:
+                streamer.put(chosen)
+            alive = alive & ~stopping_criteria(ids, None)
+            if not alive.any():
+                if streamer is not None:
+                    streamer.end()
+                return ids
+            step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
+            positions, best, logits = positions + 1, step.best, step.logits
+
+    def check(self, ids: Int[Tensor, "b t"], config: GenerationConfig) -> None:
+        """Refuse what would fail later, when work would be lost."""
+        if (config.num_beams or 1) > 1:
+            raise ValueError(f"num_beams {config.num_beams}: the native runtime decodes greedily or by sampling")
+        if len(ids) > self.rows:
+            raise ValueError(f"{len(ids)} sequences are more than the session's {self.rows}: lower(model, rows={len(ids)})")
+        if config.max_length > self.context_tokens:
+            raise ValueError(
+                f"{ids.shape[1]} prompt and {config.max_length - ids.shape[1]} new tokens do not fit into a cache of "
+                f"{self.context_tokens}: lower(model, context_tokens={config.max_length})"
+            )
+        size = self.model.get_output_embeddings().weight.shape[0]
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise ValueError(f"token id {int(outside[0])} is out of range: the vocabulary has {size} entries")
+
+    def prefill(self, prompt: Int[np.ndarray, " t"], row: int = 0, first: int = 0, *, logits: bool = False) -> Step:
+        """Run a prompt, a window at a time; what its last token gives.
+
+        Args:
+            prompt: Token ids.
+            row: Of the cache.
+            first: Position of the first of them.
+            logits: Wanted besides the best token.
+        """
+        window = extension().WINDOW
+        last = (len(prompt) - 1) // window * window
+        for begin in range(0, last, window):
+            self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0)
+        return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits)
+
+    def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, logits: bool = False) -> Step:
+        """Run neighbouring tokens of one sequence; what the last `wanted` of them give."""
+        places = np.arange(len(ids), dtype=np.int32)
+        return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], logits=logits)
+
+    def run(
+        self,
+        ids: Int[np.ndarray, " t"],
+        rows: Int[np.ndarray, " t"],
+        positions: Int[np.ndarray, " t"],
+        want: Int[np.ndarray, " w"],
+        *,
+        logits: bool = False,
+        decisions: bool = False,
+    ) -> Step:
+        """One call of the native model at the dial's thresholds; the cache's positions up to each token must be filled.
+
+        Args:
+            ids: At most a window of them.
+            rows: Of the cache, of each.
+            positions: Of each in its row.
+            want: Places in `ids` of tokens whose continuation is wanted.
+            logits: Wanted besides the best tokens.
+            decisions: Wanted besides.
+        """
+        best, all_logits, kept, scores = self.native.run(
+            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions
+        )
+        return Step(
+            best,
+            torch.from_numpy(all_logits) if logits else None,
+            torch.from_numpy(kept).bool() if decisions else None,
+            torch.from_numpy(scores) if decisions else None,
+        )
+
+    def _thresholds(self) -> Float[np.ndarray, " n"] | None:
+        if not is_gated(self.model):
+            return None
+        dial = dial_of(self.model)
+        if dial.thresholds is None or dial.how == "off":
+            return None
+        return np.array(dial.thresholds, dtype=np.float32)
+
+
+def choose(
+    ids: Int[Tensor, "b t"], logits: Float[Tensor, "b v"], processors: LogitsProcessorList, sampled: bool
+) -> Int[Tensor, " b"]:
+    """The next token of each sequence, as transformers chooses it."""
+    scores = processors(ids, logits)
+    if not sampled:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+
+
+def _prompts(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[Int[np.ndarray, " _t"]]:
+    """Each row's tokens without its padding."""
+    if mask is None:
+        return [row.numpy() for row in ids]
+    return [row[seen.bool()].numpy() for row, seen in zip(ids, mask, strict=True)]
