@@ -28,6 +28,7 @@ from .extension import extension
 from .session import Session
 
 Floats = Literal["bf16", "f32"]
+Half = Literal["f16", "f32"]
 Head = Literal["int8", "bf16", "f32"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _HEAD_GROUP = 64
@@ -44,7 +45,8 @@ def lower(
     threads: int | None = None,
     floats: Floats = "bf16",
     head: Head = "int8",
-    cache: Floats = "bf16",
+    cache: Half = "f16",
+    activation_bits: int = 16,
     kernels: str | None = None,
 ) -> Session:
     """Pack a model's weights for the native runtime.
@@ -55,8 +57,10 @@ def lower(
         rows: Sequences that decode together at most.
         threads: None is one for each core.
         floats: How projections that are not quantized, and `lowrank` surrogates, are kept.
-        head: How the output head is kept.
+        head: How the output head is kept. With `int8`, the largest logits are computed again from its float rows.
         cache: How keys and values are kept.
+        activation_bits: Of what meets quantized weights: 16 is as exact as the float path and costs one token nothing,
+            since the weights must be read all the same; 8 is faster on prompts.
         kernels: Of `kernel_names()`; None is the fastest that fits.
 
     Raises:
@@ -65,23 +69,25 @@ def lower(
         ValueError: an argument is out of its range.
     """
     native = extension()
-    for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Floats)):
+    for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Half)):
         check_choice(name, value, get_args(known))
     check_lowerable(model, context_tokens)
     if context_tokens < 1 or rows < 1:
         raise ValueError(f"context_tokens {context_tokens} and rows {rows} must be at least 1")
-    shape = _shape(native.Shape(), model, context_tokens, rows, cache)
+    check_choice("activation_bits", activation_bits, (8, 16))
+    shape = _shape(native.Shape(), model, context_tokens, rows)
+    shape.half_cache, shape.fine = cache == "f16", activation_bits == 16
     pack = _Packer(_fitting(native, kernels, shape.head_dim), floats)
     layers = [pack.layer(block, _copies(block)) for block in blocks(model)]
     shape.inner = pack.widest
     output = pack.head(model.get_output_embeddings(), head)
     cos, sin = _rope(model, context_tokens)
-    table = model.get_input_embeddings().weight.detach()
-    shape.rotated, shape.bf16_embedding = cos.shape[1], table.dtype == torch.bfloat16
-    embedding = table.view(torch.uint16) if shape.bf16_embedding else table.float()
+    shape.rotated = cos.shape[1]
+    exact = _table(model.get_output_embeddings()) if head == "int8" else None
     built = native.Model(shape, pack.kernels, _checked_threads(threads))
     norm = model.model.norm.weight
-    built.finish(layers, _vector(norm), output, embedding.contiguous().numpy(), cos.numpy(), sin.numpy(), pack.held)
+    embedding = _table(model.get_input_embeddings())
+    built.finish(layers, _vector(norm), output, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
     return Session(model, built, context_tokens, rows, pack.kernels, pack.bytes_per_token)
 
 
@@ -129,14 +135,14 @@ def _copies(block: nn.Module) -> bool:
     return bool(getattr(block, "copies", False))
 
 
-def _shape(shape: Any, model: PreTrainedModel, context_tokens: int, rows: int, cache: Floats) -> Any:
+def _shape(shape: Any, model: PreTrainedModel, context_tokens: int, rows: int) -> Any:
     config, attention = model.config, blocks(model)[0].self_attn
     shape.width, shape.head_dim = config.hidden_size, attention.head_dim
     shape.heads = attention.q_proj.out_features // attention.head_dim
     shape.kv_heads = attention.k_proj.out_features // attention.head_dim
     shape.vocabulary = model.get_output_embeddings().weight.shape[0]
     shape.eps, shape.scale = config.rms_norm_eps, attention.scaling
-    shape.context, shape.rows, shape.bf16_cache = context_tokens, rows, cache == "bf16"
+    shape.context, shape.rows = context_tokens, rows
     return shape
 
 
@@ -168,6 +174,12 @@ def _rope(model: PreTrainedModel, context_tokens: int) -> tuple[Float[Tensor, "t
     with torch.no_grad():
         cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), places)
     return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+def _table(module: nn.Module) -> np.ndarray:
+    """A float matrix where it lies, bfloat16 as its bits; other types are copied to float32."""
+    weight: Tensor = module.weight.detach().contiguous()  # pyright: ignore[reportAssignmentType]
+    return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float()).numpy()
 
 
 def _vector(parameter: Tensor) -> list[float]:

@@ -11,10 +11,10 @@
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
 #endif
 #include "kernels_body.h"
 
@@ -34,11 +34,13 @@ struct Avx512 {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
+  static F f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
-  static __m512i codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  using Codes = __m512i;
+  static Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static __m512i low(__m512i c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
   static __m512i high(__m512i c) { return low(_mm512_srli_epi16(c, 4)); }
   static __m512i quad(const int8_t* p) {

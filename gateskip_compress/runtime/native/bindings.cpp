@@ -115,16 +115,18 @@ Bytes pack_floats_of(const std::string& kernels, const std::string& kind, Floats
 // Activations of an array (tokens, columns), for tests of single kernels.
 struct OwnActivations : Activations {
   std::vector<float> floats_, scales_, sums_;
-  std::vector<int8_t> codes_;
+  std::vector<int8_t> codes_, fine_;
   std::vector<int> tokens;
 
-  OwnActivations(const Kernels& kernels, const Floats& from) {
+  OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine) {
     const int count = static_cast<int>(from.shape(0)), width = static_cast<int>(from.shape(1));
     columns = padded(width, kChunk);
     floats_.resize(size_t(count) * columns);
     codes_.resize(floats_.size());
     scales_.resize(size_t(count) * chunks());
     sums_.resize(scales_.size());
+    fine_.resize(with_fine ? floats_.size() : 0);
+    if (with_fine) fine = fine_.data();
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
@@ -134,25 +136,28 @@ struct OwnActivations : Activations {
   }
 };
 
-Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x) {
+Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool fine) {
   const Kernels& run = kernels_named(kernels);
   check(run.lanes == m.lanes, "the matrix was packed for other kernels");
   check(x.ndim() == 2 && x.shape(1) == m.columns, "x needs " + std::to_string(m.columns) + " columns");
-  OwnActivations a(run, x);
+  OwnActivations a(run, x, fine);
   Floats out({x.shape(0), py::ssize_t(m.rows)});
   run.multiply(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()), out.mutable_data(),
                m.rows);
   return out;
 }
 
-py::tuple quantize(const std::string& kernels, Floats x) {
-  OwnActivations a(kernels_named(kernels), x);
-  py::array_t<int8_t> q({x.shape(0), py::ssize_t(a.columns)});
+// Codes, fine codes (zeros without), scales and sums.
+py::tuple quantize(const std::string& kernels, Floats x, bool with_fine) {
+  OwnActivations a(kernels_named(kernels), x, with_fine);
+  py::array_t<int8_t> q({x.shape(0), py::ssize_t(a.columns)}), fine({x.shape(0), py::ssize_t(a.columns)});
   std::memcpy(q.mutable_data(), a.q, a.codes_.size());
+  std::fill_n(fine.mutable_data(), fine.size(), int8_t(0));
+  std::copy(a.fine_.begin(), a.fine_.end(), fine.mutable_data());
   Floats scale({x.shape(0), py::ssize_t(a.chunks())}), sum({x.shape(0), py::ssize_t(a.chunks())});
   std::memcpy(scale.mutable_data(), a.scale, sizeof(float) * a.scales_.size());
   std::memcpy(sum.mutable_data(), a.sum, sizeof(float) * a.sums_.size());
-  return py::make_tuple(q, scale, sum);
+  return py::make_tuple(q, fine, scale, sum);
 }
 
 Floats norm(const std::string& kernels, Floats x, Floats weight, float eps) {
@@ -171,7 +176,7 @@ Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
 }
 
 // Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the first seen[i] positions.
-Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen, bool bf16) {
+Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen, bool half) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
             positions = static_cast<int>(keys.shape(0)), room = padded(positions, run.lanes);
@@ -184,18 +189,18 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
       k[(size_t(p / run.lanes) * d + i) * run.lanes + p % run.lanes] = keys.at(p, i);
       v[size_t(p) * d + i] = values.at(p, i);
     }
-  std::transform(k.begin(), k.end(), k16.begin(), to_bf16);
-  std::transform(v.begin(), v.end(), v16.begin(), to_bf16);
+  std::transform(k.begin(), k.end(), k16.begin(), to_f16);
+  std::transform(v.begin(), v.end(), v16.begin(), to_f16);
   Floats out({count, d});
   Queries to;
   to.count = count, to.head_dim = d, to.scores = scores.data(), to.room = room;
-  to.keys = bf16 ? static_cast<const void*>(k16.data()) : k.data();
-  to.values = bf16 ? static_cast<const void*>(v16.data()) : v.data();
+  to.keys = half ? static_cast<const void*>(k16.data()) : k.data();
+  to.values = half ? static_cast<const void*>(v16.data()) : v.data();
   for (int i = 0; i < count; ++i) {
     check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
     to.query[i] = query.data(i, 0), to.out[i] = out.mutable_data(i, 0), to.seen[i] = seen.at(i);
   }
-  run.attend(to, bf16);
+  run.attend(to, half);
   return out;
 }
 
@@ -229,21 +234,27 @@ struct HeldModel {
 
   HeldModel(const Shape& shape, const std::string& kernels, int threads) : model(shape, kernels_named(kernels), threads) {}
 
-  // Finishes a model whose layers are set: embedding (vocabulary, width), cosines and sines (context, rotated).
+  // Finishes a model whose layers are set. Tables (vocabulary, width) are float, or bf16 as 16-bit integers.
   void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::array embedding,
-              Floats cos, Floats sin, py::object owners) {
+              std::optional<py::array> exact_head, Floats cos, Floats sin, py::object owners) {
     const Shape& s = model.shape;
-    check(size_t(embedding.nbytes()) == size_t(s.vocabulary) * s.width * (s.bf16_embedding ? 2 : 4),
-          "the embedding's size does not fit");
     check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
     check(head.rows == s.vocabulary && head.columns == s.width, "the head's shape does not fit");
     model.layers = std::move(layers);
     model.norm = std::move(norm);
     model.head = head;
-    model.embedding = embedding.data();
+    model.embedding = table(embedding);
+    if (exact_head) model.exact_head = table(*exact_head);
     model.cos = cos.data(), model.sin = sin.data();
-    held = {embedding, cos, sin, py::cast(head), owners};
+    held = {embedding, py::cast(exact_head), cos, sin, py::cast(head), owners};
     model.prepare();
+  }
+
+  Table table(const py::array& rows) const {
+    check(rows.ndim() == 2 && rows.shape(0) >= model.shape.vocabulary && rows.shape(1) == model.shape.width,
+          "a table's shape does not fit");
+    check(rows.itemsize() == 2 || rows.itemsize() == 4, "a table has elements of 2 or 4 bytes");
+    return {rows.data(), rows.itemsize() == 2};
   }
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
@@ -367,8 +378,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("rotated", &Shape::rotated)
       .def_readwrite("eps", &Shape::eps)
       .def_readwrite("scale", &Shape::scale)
-      .def_readwrite("bf16_cache", &Shape::bf16_cache)
-      .def_readwrite("bf16_embedding", &Shape::bf16_embedding);
+      .def_readwrite("half_cache", &Shape::half_cache)
+      .def_readwrite("fine", &Shape::fine);
   py::class_<HeldModel>(m, "Model")
       .def(py::init<const Shape&, const std::string&, int>())
       .def("finish", &HeldModel::finish)

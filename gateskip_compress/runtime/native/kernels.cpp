@@ -12,7 +12,7 @@ std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> found;
 #if GATESKIP_X86
   // asked here, where nothing is compiled for a processor that may not be there
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
       found.push_back(&avx512_kernels);

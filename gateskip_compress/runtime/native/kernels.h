@@ -8,12 +8,12 @@
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
 //
-// Activations are rounded to 8 bits in chunks of 32 that share a scale: x = scale * q. With codes w, zero points z and
-// weight scales s of a group, one output is
+// Activations are rounded in chunks of 32 that share a scale: to 8 bits, x = scale * q, or to 16, what the first rounding
+// left being rounded once more, q + fine / 254 in place of q. With codes w, zero points z and weight scales s of a group,
 //
 //   y = bias + sum over groups of s * (sum over chunks of scale * (w · q) - z * sum over chunks of scale * sum(q))
 //
-// w · q is an exact integer. Every float operation of a token is done in the same order however many tokens there are
+// Sums over a chunk are exact integers. Every float operation of a token is done in the same order however many tokens there are
 // in a call, so k tokens in one call give the bits of k calls: speculation rests on it. The files are compiled without
 // contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
@@ -25,6 +25,7 @@
 namespace gateskip {
 
 constexpr int kChunk = 32;       // activations that share a scale
+constexpr float kFiner = 1.0f / 254;  // what one step of `fine` is worth
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 
 enum class Kind { int4, int8, bf16, f32 };
@@ -42,15 +43,16 @@ struct Activations {
   int columns = 0;  // whole chunks
   float* x = nullptr;
   int8_t* q = nullptr;
+  int8_t* fine = nullptr;  // or none: 8 bits
   float* scale = nullptr;  // per chunk
-  float* sum = nullptr;    // per chunk: scale * sum(q)
+  float* sum = nullptr;    // per chunk: scale * the sum of its codes
 
   int chunks() const { return columns / kChunk; }
   float* floats(int token) const { return x + size_t(token) * columns; }
 };
 
 // Queries that read the same keys and values. Keys lie in blocks of `lanes` positions, [block][head_dim][lanes]; values
-// lie by position, [position][head_dim]. Elements are bf16 or float.
+// lie by position, [position][head_dim]. Elements are f16 or float.
 struct Queries {
   int count;                                // 1..kMostQueries
   const float* query[kMostQueries];         // already scaled
@@ -76,7 +78,7 @@ struct Kernels {
   float (*dot)(const float* x, const float* y, int width);
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int width);
-  void (*attend)(const Queries&, bool bf16);
+  void (*attend)(const Queries&, bool half);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,7 +1,7 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
-// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 (loads lanes of them),
-// bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
+// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
+// of them), bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
 // in all lanes); Sum4 and Sum8, which add up codes times activations, and `middle8`, what Sum8 takes off each code.
 #include <cmath>
 #include <cstring>
@@ -47,60 +47,61 @@ inline F<V> exponential(F<V> x) {
 // ---- products
 
 template <class V, Kind K>
-struct Coded {};
+struct Coded;
 
 template <class V>
 struct Coded<V, Kind::int4> {
   using Sum = typename V::Sum4;
-  static constexpr int step = 8;  // columns in one load
   static constexpr float middle = 0;
-  template <int T>
-  static void add(Sum (&sum)[T], const uint8_t* at, const int8_t* const (&q)[T], int column) {
-    const auto codes = V::codes(at);
-    const auto low = V::low(codes), high = V::high(codes);
-    for (int t = 0; t < T; ++t) sum[t].add(low, V::quad(q[t] + column));
-    for (int t = 0; t < T; ++t) sum[t].add(high, V::quad(q[t] + column + 4));
+  static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
+    for (int i = 0; i < 8; i += 2, at += 4 * V::lanes) {
+      const auto both = V::codes(at);
+      codes[i] = V::low(both);
+      codes[i + 1] = V::high(both);
+    }
+    return at;
   }
 };
 
 template <class V>
 struct Coded<V, Kind::int8> {
   using Sum = typename V::Sum8;
-  static constexpr int step = 4;
   static constexpr float middle = V::middle8;
-  template <int T>
-  static void add(Sum (&sum)[T], const uint8_t* at, const int8_t* const (&q)[T], int column) {
-    const auto codes = V::codes(at);
-    for (int t = 0; t < T; ++t) sum[t].add(codes, V::quad(q[t] + column));
+  static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
+    for (int i = 0; i < 8; ++i, at += 4 * V::lanes) codes[i] = V::codes(at);
+    return at;
   }
 };
 
-// One block of rows times T tokens.
+// The codes of a chunk times one token's, for every row of the block: a whole number.
+template <class V, Kind K>
+inline F<V> chunk_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
+  typename Coded<V, K>::Sum sum;
+  for (int i = 0; i < 8; ++i) sum.add(codes[i], V::quad(q + 4 * i));
+  return sum.value();
+}
+
+// One block of rows times T tokens. The chunk's codes stay in registers while the tokens pass.
 template <class V, Kind K, int T>
 inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
   using C = Coded<V, K>;
-  const int8_t* q[T];
-  const float *scale[T], *sum[T];
-  for (int t = 0; t < T; ++t) {
-    q[t] = a.q + size_t(tokens[t]) * a.columns;
-    scale[t] = a.scale + size_t(tokens[t]) * a.chunks();
-    sum[t] = a.sum + size_t(tokens[t]) * a.chunks();
-  }
-  const int chunks = (m.columns + kChunk - 1) / kChunk;
+  const int chunks = (m.columns + kChunk - 1) / kChunk, per_group = m.group / kChunk;
   for (int chunk = 0; chunk < chunks;) {
     const F<V> s = V::load(reinterpret_cast<const float*>(at));
     const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
     at += 5 * V::lanes;
     F<V> part[T] = {};
     float shift[T] = {};
-    const int end = chunk + m.group / kChunk < chunks ? chunk + m.group / kChunk : chunks;
+    const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
     for (; chunk < end; ++chunk) {
-      typename C::Sum dots[T];
-      for (int column = 0; column < kChunk; column += C::step, at += 4 * V::lanes)
-        C::add(dots, at, q, chunk * kChunk + column);
+      typename V::Codes codes[8];
+      at = C::load(at, codes);
       for (int t = 0; t < T; ++t) {
-        part[t] = V::fma(dots[t].value(), V::set(scale[t][chunk]), part[t]);
-        shift[t] += sum[t][chunk];
+        const size_t place = size_t(tokens[t]) * a.chunks() + chunk;
+        F<V> dot = chunk_dot<V, K>(codes, a.q + place * kChunk);
+        if (a.fine) dot = V::fma(chunk_dot<V, K>(codes, a.fine + place * kChunk), V::set(kFiner), dot);
+        part[t] = V::fma(dot, V::set(a.scale[place]), part[t]);
+        shift[t] += a.sum[place];
       }
     }
     for (int t = 0; t < T; ++t) y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]);
@@ -173,41 +174,48 @@ void multiply(const Matrix& m, int begin, int end, const Activations& a, const i
 
 // ---- what goes token by token
 
+// Rounds a chunk to codes from -127 to 127 and returns their sum; `x` becomes what rounding left, times `back`.
 template <class V>
-void quantize(const Activations& a, int token, int begin, int end) {
+inline int round_chunk(float (&x)[kChunk], float back, int8_t* q) {
   using I = typename V::I;
   const F<V> round = V::set(12582912.0f);
-  float* x = a.floats(token);
-  for (int column = end; column < padded(end, kChunk); ++column) x[column] = 0;
-  for (int first = begin; first < end; first += kChunk) {
+  int sum = 0;
+  for (int i = 0; i < kChunk; i += V::lanes) {
+    // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
+    F<V> v = V::load(x + i) * V::set(back);
+    v = v > V::set(127) ? V::set(127) : v;
+    v = v > V::set(-127) ? v : V::set(-127);
+    const I code = (I)(v + round) - (I)round;
+    V::store(x + i, v - (v + round - round));
+    int32_t codes[V::lanes];
+    std::memcpy(codes, &code, sizeof codes);
+    for (int j = 0; j < V::lanes; ++j) q[i + j] = static_cast<int8_t>(codes[j]), sum += codes[j];
+  }
+  return sum;
+}
+
+template <class V>
+void quantize(const Activations& a, int token, int begin, int end) {
+  float* from = a.floats(token);
+  for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
+  for (int column = begin; column < end; column += kChunk) {
+    float x[kChunk];
+    std::memcpy(x, from + column, sizeof x);
     F<V> most = V::set(0), poison = V::set(0);
     for (int i = 0; i < kChunk; i += V::lanes) {
-      const F<V> v = V::load(x + first + i);
+      const F<V> v = V::load(x + i);
       most = larger<V>(most, larger<V>(v, -v));
       poison = V::fma(v, V::set(0), poison);
     }
     float lane[V::lanes], top = 0;
     V::store(lane, most);
     for (float value : lane) top = value > top ? value : top;
-    const float scale = top / 127 + total<V>(poison), back = top > 0 ? 127 / top : 0;
-    int8_t* q = a.q + size_t(token) * a.columns + first;
-    I sums = {};
-    for (int i = 0; i < kChunk; i += V::lanes) {
-      // a denormal top makes `back` infinite: the bounds hold what it would throw out of range
-      F<V> v = V::load(x + first + i) * V::set(back);
-      v = v > V::set(127) ? V::set(127) : v;
-      v = v > V::set(-127) ? v : V::set(-127);
-      const I code = (I)(v + round) - (I)round;
-      sums += code;
-      int32_t codes[V::lanes];
-      std::memcpy(codes, &code, sizeof codes);
-      for (int j = 0; j < V::lanes; ++j) q[i + j] = static_cast<int8_t>(codes[j]);
-    }
-    int32_t part[V::lanes], sum = 0;
-    std::memcpy(part, &sums, sizeof part);
-    for (int value : part) sum += value;
-    a.scale[size_t(token) * a.chunks() + first / kChunk] = scale;
-    a.sum[size_t(token) * a.chunks() + first / kChunk] = scale * static_cast<float>(sum);
+    const size_t place = size_t(token) * a.chunks() + column / kChunk;
+    const float scale = top / 127 + total<V>(poison);
+    float sum = static_cast<float>(round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk));
+    if (a.fine) sum += kFiner * static_cast<float>(round_chunk<V>(x, 1 / kFiner, a.fine + place * kChunk));
+    a.scale[place] = scale;
+    a.sum[place] = scale * sum;
   }
 }
 
@@ -251,7 +259,7 @@ void swiglu(float* gate, const float* up, int width) {
 
 template <class V>
 inline F<V> element(const uint16_t* at) {
-  return V::bf16(at);
+  return V::f16(at);
 }
 
 template <class V>
@@ -354,8 +362,8 @@ void attend_all(const Queries& to) {
 }
 
 template <class V>
-void attend(const Queries& to, bool bf16) {
-  bf16 ? attend_all<V, uint16_t>(to) : attend_all<V, float>(to);
+void attend(const Queries& to, bool half) {
+  half ? attend_all<V, uint16_t>(to) : attend_all<V, float>(to);
 }
 
 template <class V>

@@ -27,7 +27,7 @@ Model::Model(const Shape& s, const Kernels& k, int threads)
 
 size_t Model::cache_bytes() const {
   return size_t(shape.rows) * layers.size() * shape.kv_heads * padded(shape.context, kernels.lanes) * shape.head_dim *
-         (shape.bf16_cache ? 2 : 4);
+         (shape.half_cache ? 2 : 4);
 }
 
 float* Model::floats(size_t count) {
@@ -40,6 +40,7 @@ Activations Model::activations(int columns) {
   a.columns = padded(columns, kChunk);
   a.x = floats(size_t(kWindow) * a.columns);
   a.q = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
+  if (shape.fine) a.fine = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
   a.scale = floats(size_t(kWindow) * a.chunks());
   a.sum = floats(size_t(kWindow) * a.chunks());
   return a;
@@ -56,6 +57,7 @@ void Model::prepare() {
   out_ = floats(size_t(kWindow) * shape.width);
   scores_ = floats(size_t(team_.size()) * kMostQueries * padded(shape.context, kernels.lanes));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
+  row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
   keep_.resize(2 * layers.size() * kWindow);
   keys_.reset(static_cast<uint8_t*>(std::calloc(cache_bytes(), 1)));  // pages come when they are written
@@ -85,20 +87,23 @@ void Model::work(const Call& call, int thread) {
   read_out(call, thread);
 }
 
+// A row of a float table, widened into `to`.
+void Model::copy_row(const Table& table, int row, float* to) const {
+  const size_t from = size_t(row) * shape.width;
+  if (!table.bf16) {
+    std::memcpy(to, static_cast<const float*>(table.data) + from, sizeof(float) * shape.width);
+    return;
+  }
+  for (int i = 0; i < shape.width; ++i) {
+    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(table.data)[from + i]) << 16;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
 void Model::embed(const Call& call, int thread) {
   const auto [begin, end] = share(call.count, thread);
-  for (int token = begin; token < end; ++token) {
-    const size_t from = size_t(call.ids[token]) * shape.width;
-    float* to = hidden_ + size_t(token) * shape.width;
-    if (!shape.bf16_embedding) {
-      std::memcpy(to, static_cast<const float*>(embedding) + from, sizeof(float) * shape.width);
-      continue;
-    }
-    for (int i = 0; i < shape.width; ++i) {
-      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(embedding)[from + i]) << 16;
-      std::memcpy(to + i, &bits, 4);
-    }
-  }
+  for (int token = begin; token < end; ++token)
+    copy_row(embedding, call.ids[token], hidden_ + size_t(token) * shape.width);
 }
 
 // Normalises the stream and decides which tokens run the branch, each thread for its tokens; then lists them.
@@ -197,8 +202,8 @@ void Model::place(const Call& call, int index, int token, bool kept) {
         values[to + v] = copied ? values[from + v] : convert(value[i]);
       }
     };
-    if (shape.bf16_cache)
-      put(reinterpret_cast<uint16_t*>(keys_.get()), reinterpret_cast<uint16_t*>(values_.get()), to_bf16);
+    if (shape.half_cache)
+      put(reinterpret_cast<uint16_t*>(keys_.get()), reinterpret_cast<uint16_t*>(values_.get()), to_f16);
     else
       put(reinterpret_cast<float*>(keys_.get()), reinterpret_cast<float*>(values_.get()), [](float x) { return x; });
   }
@@ -207,7 +212,7 @@ void Model::place(const Call& call, int index, int token, bool kept) {
 // Queries in the order of heads that share keys, then tokens: each thread takes a run of them, a few at a time.
 void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
   const int d = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d, size = shape.bf16_cache ? 2 : 4;
+  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d, size = shape.half_cache ? 2 : 4;
   const int of_head = static_cast<int>(tokens.size()) * group;
   Queries to;
   to.head_dim = d;
@@ -227,7 +232,7 @@ void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, 
     const size_t place = slot(call, layer, tokens[at % of_head / group], kv_head) * size;
     to.keys = keys_.get() + place;
     to.values = values_.get() + place;
-    kernels.attend(to, shape.bf16_cache);
+    kernels.attend(to, shape.half_cache);
   }
 }
 
@@ -278,6 +283,27 @@ void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& to
     for (int i = begin; i < end; ++i) hidden_[size_t(token) * shape.width + i] += surrogate.offset[i];
 }
 
+// The largest of the logits [begin, end), -1 where there are none. Where the head is coarser than its float rows are, the
+// few largest are computed again from these, and those decide.
+int Model::largest(float* logits, int begin, int end, const float* x, float* row) const {
+  int top[kRescored], count = 0;
+  for (int i = begin; i < end; ++i) {
+    if (count == kRescored && !(logits[i] > logits[top[count - 1]])) continue;
+    int place = count < kRescored ? count++ : count - 1;
+    for (; place > 0 && logits[i] > logits[top[place - 1]]; --place) top[place] = top[place - 1];
+    top[place] = i;
+  }
+  int best = count ? top[0] : -1;
+  if (!exact_head.data) return best;
+  for (int i = 0; i < count; ++i) {
+    copy_row(exact_head, top[i], row);
+    logits[top[i]] = kernels.dot(x, row, shape.width);
+  }
+  for (int i = 0; i < count; ++i)
+    if (logits[top[i]] > logits[best] || (logits[top[i]] == logits[best] && top[i] < best)) best = top[i];
+  return best;
+}
+
 // Logits of the wanted tokens, and the largest of each.
 void Model::read_out(const Call& call, int thread) {
   for (int first = 0; first < call.wanted; first += kLogits) {
@@ -292,19 +318,17 @@ void Model::read_out(const Call& call, int thread) {
     float* logits = call.logits ? call.logits + size_t(first) * shape.vocabulary : logits_;
     const auto [from, to] = share(blocks(head, kernels.lanes), thread);
     kernels.multiply(head, from, to, normed_, lists_[thread].all.data(), count, logits, shape.vocabulary);
-    const int last = std::min(to * kernels.lanes, shape.vocabulary);
-    for (int i = 0; i < count; ++i) {
-      const float* row = logits + size_t(i) * shape.vocabulary;
+    for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
-          from < to ? static_cast<int>(std::max_element(row + from * kernels.lanes, row + last) - row) : -1;
-    }
+          largest(logits + size_t(i) * shape.vocabulary, from * kernels.lanes,
+                  std::min(to * kernels.lanes, shape.vocabulary), normed_.floats(i), row_ + size_t(thread) * shape.width);
     team_.wait();
     for (int i = begin; i < end; ++i) {
       const float* row = logits + size_t(i) * shape.vocabulary;
-      int best = 0;
-      for (int member = 0; member < team_.size(); ++member) {
+      int best = best_[i];
+      for (int member = 1; member < team_.size(); ++member) {
         const int found = best_[member * kLogits + i];
-        if (found >= 0 && row[found] > row[best]) best = found;
+        if (found >= 0 && (best < 0 || row[found] > row[best])) best = found;
       }
       call.best[first + i] = best;
     }

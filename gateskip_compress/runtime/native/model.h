@@ -16,6 +16,7 @@ namespace gateskip {
 
 constexpr int kWindow = 128;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
+constexpr int kRescored = 8;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
 struct Surrogate {
@@ -39,12 +40,19 @@ struct Layer {
   bool copies = false;  // tokens that skip attention take keys and values of the layer below
 };
 
+// Rows of `width` floats, as someone else holds them.
+struct Table {
+  const void* data = nullptr;
+  bool bf16 = false;
+};
+
 struct Shape {
   int width = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
   int rows = 1, context = 0;  // of the cache
   int rotated = 0;            // channels of a head that turn with the position
   float eps = 0, scale = 0;   // of norms; of queries
-  bool bf16_cache = true, bf16_embedding = false;
+  bool half_cache = true;
+  bool fine = true;  // activations of 16 bits instead of 8
 };
 
 struct Call {
@@ -66,7 +74,7 @@ class Model {
   std::vector<Layer> layers;
   std::vector<float> norm;
   Matrix head;
-  const void* embedding = nullptr;  // (vocabulary, width), float or bf16
+  Table embedding, exact_head;  // (vocabulary, width); the latter, where there is one, corrects the largest logits
   const float *cos = nullptr, *sin = nullptr;  // (context, rotated)
 
   const Shape shape;
@@ -88,12 +96,14 @@ class Model {
 
   Range share(int count, int thread) const;
   void work(const Call& call, int thread);
+  void copy_row(const Table& table, int row, float* to) const;
   void embed(const Call& call, int thread);
   void enter(const Call& call, const Branch& branch, int index, int thread);
   void attention(const Call& call, int layer, int thread);
   void mlp(const Call& call, int layer, int thread);
   void place(const Call& call, int layer, int token, bool kept);
   void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
+  int largest(float* logits, int begin, int end, const float* x, float* row) const;
   void read_out(const Call& call, int thread);
 
   void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
@@ -113,7 +123,7 @@ class Model {
   std::unique_ptr<uint8_t, void (*)(void*)> keys_, values_;
   std::vector<uint8_t> keep_;  // (2 layers, kWindow)
   Activations normed_, mixed_, inner_;
-  float *hidden_, *qkv_, *up_, *out_, *scores_, *logits_;
+  float *hidden_, *qkv_, *up_, *out_, *scores_, *logits_, *row_;
   std::vector<int32_t> best_;  // (threads, kLogits)
 };
 

@@ -20,4 +20,21 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// To the nearest f16, ties to even; what is too large becomes the largest.
+inline uint16_t to_f16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7bff);
+  if (size < 0x38800000) {  // below the normal numbers: adding 1/2 leaves the code in the last bits
+    float shifted;
+    __builtin_memcpy(&shifted, &size, sizeof shifted);
+    shifted += 0.5f;
+    __builtin_memcpy(&bits, &shifted, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+
 }  // namespace gateskip

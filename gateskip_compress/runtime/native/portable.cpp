@@ -8,11 +8,10 @@ struct Portable {
   static constexpr int lanes = 4;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
-  struct Codes {
-    uint8_t byte[4 * lanes];
-  };
+  typedef int16_t Shorts __attribute__((vector_size(16)));
+  using Codes = I;  // 4 codes in each lane
   struct Quad {
-    int8_t value[4];
+    Shorts even, odd;  // activations 0 and 2, 1 and 3, for each lane
   };
 
   static F load(const float* p) {
@@ -28,6 +27,13 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) v[i] = static_cast<int32_t>(uint32_t(p[i]) << 16);
     return (F)v;
   }
+  static F f16(const uint16_t* p) {
+    I v;
+    for (int i = 0; i < lanes; ++i) v[i] = p[i];
+    const I size = (v & 0x7fff) << 13, undefined = (v & 0x7c00) == 0x7c00;  // where true, all bits are set
+    const F scaled = (F)size * set(0x1p112f);
+    return (F)((I)scaled | (undefined & 0x7f800000) | (v & 0x8000) << 16);
+  }
   static F bytes(const uint8_t* p) {
     F v;
     for (int i = 0; i < lanes; ++i) v[i] = p[i];
@@ -39,32 +45,26 @@ struct Portable {
     std::memcpy(&c, p, sizeof c);
     return c;
   }
-  static Codes low(Codes c) {
-    for (uint8_t& byte : c.byte) byte &= 15;
-    return c;
+  static Codes low(Codes c) { return c & 0x0f0f0f0f; }
+  static Codes high(Codes c) { return low(c >> 4); }
+  static Quad quad(const int8_t* q) {
+    return {Shorts{q[0], q[2], q[0], q[2], q[0], q[2], q[0], q[2]},
+            Shorts{q[1], q[3], q[1], q[3], q[1], q[3], q[1], q[3]}};
   }
-  static Codes high(Codes c) {
-    for (uint8_t& byte : c.byte) byte >>= 4;
-    return c;
-  }
-  static Quad quad(const int8_t* p) {
-    Quad q;
-    std::memcpy(&q, p, sizeof q);
-    return q;
-  }
+  static Shorts even(Codes w) { return (Shorts)(w & 0x00ff00ff); }
+  static Shorts odd(Codes w) { return even(w >> 8); }
+  static I halves(Shorts s) { return ((I)s << 16 >> 16) + ((I)s >> 16); }
+  // 16-bit sums, which 8 times 2 products of 15 * 127 fit.
   struct Sum4 {
-    int32_t sum[lanes] = {};
-    void add(const Codes& w, Quad q) {
-      for (int i = 0; i < lanes; ++i)
-        for (int c = 0; c < 4; ++c) sum[i] += w.byte[4 * i + c] * q.value[c];
-    }
-    F value() const {
-      F v;
-      for (int i = 0; i < lanes; ++i) v[i] = static_cast<float>(sum[i]);
-      return v;
-    }
+    Shorts sum = {};
+    void add(Codes w, Quad q) { sum += even(w) * q.even + odd(w) * q.odd; }
+    F value() const { return __builtin_convertvector(halves(sum), F); }
   };
-  using Sum8 = Sum4;
+  struct Sum8 {
+    I sum = {};
+    void add(Codes w, Quad q) { sum += halves(even(w) * q.even) + halves(odd(w) * q.odd); }
+    F value() const { return __builtin_convertvector(sum, F); }
+  };
   static constexpr float middle8 = 0;
 };
 
