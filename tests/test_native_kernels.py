@@ -1,0 +1,225 @@
+"""Each kernel that this machine can run, against a naive float64 loop over the numbers that it was given."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
+KERNELS = [name for name, _ in native.kernels()]
+LANES = dict(native.kernels())
+FLOAT = 2e-6
+"""Rounding of float32 sums, beside the sum of their terms' sizes."""
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    return request.param
+
+
+def random_codes(rng, rows, columns, group, bits):
+    """Codes, scales of wide range, zero points, and the float64 matrix that they stand for."""
+    groups = -(-columns // group)
+    codes = rng.integers(0, 2**bits, (rows, columns), dtype=np.uint8)
+    zero = rng.integers(0, 2**bits, (rows, groups), dtype=np.uint8)
+    scale = (10.0 ** rng.uniform(-6, 6, (rows, groups))).astype(np.float32)
+    weight = np.zeros((rows, columns))
+    for row in range(rows):
+        for column in range(columns):
+            at = column // group
+            weight[row, column] = float(scale[row, at]) * (int(codes[row, column]) - int(zero[row, at]))
+    return codes, scale, zero, weight
+
+
+def rounded(kernels, x, fine):
+    """What the kernels make of activations, as float64."""
+    q, rest, scale, _ = native.quantize(kernels, x, fine)
+    chunks = np.repeat(scale.astype(float), 32, axis=1)
+    return ((q.astype(float) + rest.astype(float) / 254) * chunks)[:, : x.shape[1]]
+
+
+def close_sums(found, weight, x, bias=0):
+    """Products equal their float64 sums up to rounding beside the terms, which may cancel."""
+    terms = np.abs(x) @ np.abs(weight).T
+    assert np.all(np.abs(found - (x @ weight.T + bias)) <= FLOAT * (terms + np.abs(bias)) + 1e-30)
+
+
+def packed(kernels, kind, codes, scale, zero, group, bias=None):
+    data = native.pack_codes(kernels, kind, codes, scale, zero, group)
+    return native.HeldMatrix(kernels, kind, *codes.shape, group, data, bias)
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 23).map(lambda eighth: 8 * eighth),
+    group=st.sampled_from([32, 64, 128]),
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=12, deadline=None)
+def test_products_of_codes(kind, fine, rows, columns, group, count, seed):
+    rng = np.random.default_rng(seed)
+    codes, scale, zero, weight = random_codes(rng, rows, columns, group, int(kind[3:]))
+    x = (rng.standard_normal((count, columns)) * 10.0 ** rng.uniform(-4, 4, (count, 1))).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    for kernels in KERNELS:
+        found = native.multiply(kernels, packed(kernels, kind, codes, scale, zero, group, bias), x, fine)
+        # zero points are taken off after summing, so rounding is beside codes, not beside code - zero
+        around = np.repeat(scale.astype(float) * zero, group, axis=1)[:, :columns]
+        at = rounded(kernels, x, fine)
+        slack = FLOAT * (np.abs(at) @ (np.abs(weight) + 2 * around).T + np.abs(bias))
+        assert np.all(np.abs(found - (at @ weight.T + bias)) <= slack + 1e-30), kernels
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_extreme_codes_do_not_overflow(kernels, kind):
+    """All codes and activations at their ends: what 16-bit sums inside a kernel must hold."""
+    most, columns = (15, 160) if kind == "int4" else (255, 160)
+    for code in (0, most):
+        codes = np.full((9, columns), code, dtype=np.uint8)
+        scale, zero = np.ones((9, 2), dtype=np.float32), np.full((9, 2), most - code, dtype=np.uint8)
+        for sign in (1, -1):
+            x = np.full((3, columns), 127 * sign, dtype=np.float32)
+            found = native.multiply(kernels, packed(kernels, kind, codes, scale, zero, 128), x, False)
+            assert np.array_equal(found, np.full((3, 9), 127.0 * sign * columns * (2 * code - most)))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32"])
+@given(rows=st.integers(1, 40), columns=st.integers(1, 70), count=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_products_of_floats(kind, rows, columns, count, seed):
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((rows, columns)) * 10.0 ** rng.uniform(-9, 9, (rows, 1))).astype(np.float32)
+    x = rng.standard_normal((count, columns)).astype(np.float32)
+    kept = weight if kind == "f32" else nearest_bf16(weight)
+    for kernels in KERNELS:
+        matrix = native.HeldMatrix(kernels, kind, rows, columns, 32, native.pack_floats(kernels, kind, weight))
+        close_sums(native.multiply(kernels, matrix, x, False), kept.astype(float), x.astype(float))
+
+
+def nearest_bf16(value):
+    """By exhaustive choice between the two neighbours, ties to the even one."""
+    down = value.view(np.uint32) & np.uint32(0xFFFF0000)
+    low, high = down.view(np.float32), (down + np.uint32(0x10000)).view(np.float32)
+    left, right = np.abs(value.astype(float) - low), np.abs(high.astype(float) - value)
+    even = (down >> np.uint32(16)) % 2 == 0
+    return np.where((left < right) | ((left == right) & even), low, high)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f32"])
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])
+def test_tokens_together_give_the_bits_of_tokens_alone(kernels, kind, fine):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((11, 104)).astype(np.float32)
+    if kind.startswith("int"):
+        codes, scale, zero, _ = random_codes(rng, 37, 104, 64, int(kind[3:]))
+        matrix = packed(kernels, kind, codes, scale, zero, 64)
+    else:
+        weight = rng.standard_normal((37, 104)).astype(np.float32)
+        matrix = native.HeldMatrix(kernels, kind, 37, 104, 32, native.pack_floats(kernels, kind, weight))
+    together = native.multiply(kernels, matrix, x, fine)
+    alone = [native.multiply(kernels, matrix, row[None], fine)[0] for row in x]
+    assert np.array_equal(together, np.stack(alone))
+
+
+@given(width=st.integers(1, 100), power=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_rounding_of_activations(width, power, seed):
+    x = (np.random.default_rng(seed).standard_normal((2, width)) * 10.0**power).astype(np.float32)
+    for kernels in KERNELS:
+        q, rest, scale, sums = native.quantize(kernels, x, True)
+        assert np.abs(q.astype(int)).max() <= 127
+        assert np.abs(rest.astype(int)).max() <= 127
+        assert np.all(q[:, width:] == 0)
+        for row in range(2):
+            for chunk in range(scale.shape[1]):
+                part = x[row, 32 * chunk : 32 * chunk + 32].astype(float)
+                step = np.abs(part).max() / 127
+                assert np.isclose(scale[row, chunk], step, rtol=1e-6, atol=0)
+                for i, value in enumerate(part):
+                    own = q[row, 32 * chunk + i]
+                    assert abs(own * step - value) <= step * (0.5 + 1e-4)
+                    assert abs((own + rest[row, 32 * chunk + i] / 254) * step - value) <= step / 254
+                own, left = (part_[row, 32 * chunk : 32 * chunk + 32].astype(int).sum() for part_ in (q, rest))
+                assert np.isclose(sums[row, chunk], step * (own + left / 254), rtol=1e-5, atol=step * 1e-5)
+
+
+def test_a_zero_chunk_is_zero_and_an_undefined_value_stays_one(kernels):
+    codes, scale, zero, _ = random_codes(np.random.default_rng(0), 5, 64, 32, 4)
+    matrix = packed(kernels, "int4", codes, scale, zero, 32)
+    x = np.zeros((4, 64), dtype=np.float32)
+    x[1, 3], x[2, 40], x[3, 5] = np.nan, np.inf, 1e-42
+    found = native.multiply(kernels, matrix, x, True)
+    assert np.array_equal(found[0], np.zeros(5))
+    assert np.isnan(found[1:3]).all()
+    assert np.isfinite(found[3]).all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 50, 576])
+def test_norm_and_swiglu(kernels, width):
+    rng = np.random.default_rng(width)
+    x, w = (rng.standard_normal(width).astype(np.float32) for _ in range(2))
+    expected = x.astype(float) / np.sqrt(np.mean(x.astype(float) ** 2) + 1e-5) * w
+    np.testing.assert_allclose(native.norm(kernels, x, w, 1e-5), expected, rtol=1e-5, atol=1e-6)
+    gate = (30 * x).astype(np.float32)
+    expected = gate / (1 + np.exp(-gate.astype(float))) * w
+    np.testing.assert_allclose(native.swiglu(kernels, gate, w), expected, rtol=2e-6, atol=1e-11)
+
+
+def test_silu_far_out_is_finite(kernels):
+    gate = np.array([-1e30, -200, -90, 90, 200, 1e30], dtype=np.float32)
+    found = native.swiglu(kernels, gate, np.ones(6, dtype=np.float32))
+    np.testing.assert_allclose(found, [0, 0, 0, 90, 200, 1e30], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
+@given(
+    seen=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    sixteens=st.integers(1, 9),
+    sharp=st.floats(0.01, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_attention(half, seen, sixteens, sharp, seed):
+    rng, d, positions = np.random.default_rng(seed), 16 * sixteens, max(seen)
+    query = (sharp * rng.standard_normal((len(seen), d))).astype(np.float32)
+    keys, values = (rng.standard_normal((positions, d)).astype(np.float32) for _ in range(2))
+    kept = [part.astype(np.float16).astype(float) if half else part.astype(float) for part in (keys, values)]
+    for kernels in KERNELS:
+        found = native.attend(kernels, query, keys, values, np.array(seen, dtype=np.int32), half)
+        for i, limit in enumerate(seen):
+            score = kept[0][:limit] @ query[i].astype(float)
+            weight = np.exp(score - score.max())
+            # scores have the rounding of their sums, which the exponential takes over
+            slack = 1e-5 * (1 + np.abs(kept[0][:limit]) @ np.abs(query[i].astype(float))).max()
+            expected = weight / weight.sum() @ kept[1][:limit]
+            np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
+        alone = [
+            native.attend(kernels, query[i : i + 1], keys, values, np.array([limit], dtype=np.int32), half)[0]
+            for i, limit in enumerate(seen)
+        ]
+        assert np.array_equal(found, np.stack(alone)), kernels
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: native.pack_codes("neon9", "int4", *_codes(), 32), "kernels 'neon9' cannot run here; these can: "),
+        (lambda: native.pack_codes("portable", "int5", *_codes(), 32), "kind 'int5' must be int4, int8"),
+        (lambda: native.pack_codes("portable", "int4", *_codes(16), 32), "int4 are at most 15"),
+        (lambda: native.pack_codes("portable", "int4", *_codes(), 48), "group 48 must be a multiple of 32"),
+        (lambda: native.pack_codes("portable", "int4", *_codes(), 64), "8 rows and 1 groups"),
+        (lambda: native.HeldMatrix("portable", "f32", 8, 8, 32, np.zeros(8, np.uint8)), "have 8 bytes, not the 256"),
+    ],
+    ids=["kernels", "kind", "code", "group", "scales", "bytes"],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _codes(code=3):
+    ones = np.ones((8, 2))
+    return np.full((8, 64), code, dtype=np.uint8), ones.astype(np.float32), ones.astype(np.uint8)
