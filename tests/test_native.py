@@ -1,15 +1,19 @@
 """Whole tiny models in the native runtime against the Hugging Face path on the same codes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, compress, tiny, tokens
+from tiny_models import FAMILY_CONFIGS, compress, tiny, tiny_tokenizer, tokens
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
-from gateskip_compress.baselines.random_skip import RandomSkip
-from gateskip_compress.gating.dial import decisions
+from gateskip_compress.baselines.random_skip import RandomBlock
+from gateskip_compress.gating.dial import Dial, decisions
+from gateskip_compress.gating.transform import put_in
+from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
 from gateskip_compress.runtime.speculate import Guesses, Lookup
 
@@ -19,14 +23,12 @@ EXACT = dict(floats="f32", head="f32", cache="f32", context_tokens=128, threads=
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3["original_max_position_embeddings"] = 32
-STACKS = {
-    "gates": (g.GateSkip(budget=0.6, rank=4),),
-    "zero": (g.GateSkip(budget=0.7, surrogate="zero"),),
-    "mean": (g.GateSkip(budget=0.7, surrogate="mean"),),
-    "narrow": (g.GateSkip(budget=0.6, surrogate="narrow"),),
-    "copy": (g.GateSkip(budget=0.6, rank=4, kv="copy"),),
-    "block": (g.GateSkip(budget=0.6, rank=4, where="block"),),
-    "every second": (g.GateSkip(budget=0.7, rank=4, every=2),),
+gates = partial(g.GateSkip, budget=0.6, rank=4, allocation="global")
+GATES = {
+    "lowrank": gates(),
+    "narrow, copy": gates(surrogate="narrow", kv="copy"),
+    "zero, block": gates(surrogate="zero", where="block"),
+    "mean, every second": gates(surrogate="mean", every=2, budget=0.8),
 }
 
 
@@ -56,30 +58,41 @@ def test_llama3_positions_and_untied_heads_equal_transformers():
     torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=5e-5)
 
 
+def round_chunks(_module, inputs):
+    """Chunks of 32 to 255 even steps, as `native/kernels.h` says."""
+    (x,) = inputs
+    chunks = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = chunks.abs().amax(-1, keepdim=True) / 127
+    return ((chunks / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def rms(difference):
+    return difference.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_quantized_models_equal_transformers_on_the_same_codes(bits, symmetric, group_size):
+@pytest.mark.parametrize(("symmetric", "group_size"), [(False, 128), (True, 32)], ids=["zeros, 128", "symmetric, 32"])
+def test_on_the_same_codes_all_error_is_rounding_of_activations(bits, symmetric, group_size):
     step = g.Quantize(bits, group_size, symmetric, solver="nearest", clip=False, short_groups=True)
     model, ids = compress(tiny("qwen2"), step), tokens(1, 70)[0]
-    expected, spread = torch_logits(model, ids), torch_logits(model, ids).std()
-    error = {}
-    for activations in (8, 16):
-        session = lower(model, **EXACT, activation_bits=activations)
-        error[activations] = (logits_of(session, ids).logits - expected).abs().max() / spread
-    # a step is 1/127 of a chunk's largest value, so rounding is about 1/250 of a value at 8 branches; 1/254 of that
-    assert 1e-4 < error[8] < 0.1
-    assert error[16] < 1e-3
+    own = {bits: logits_of(lower(model, **EXACT, activation_bits=bits), ids).logits for bits in (8, 16)}
+    expected = torch_logits(model, ids)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_pre_hook(round_chunks)
+    explained = rms(torch_logits(model, ids) - expected)
+    assert rms(own[8] - torch_logits(model, ids)) < explained / 8  # values at the edge of a step may fall either way
+    assert rms(own[16] - expected) < explained / 100  # steps are 254 times as small
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_gated_models_decide_and_give_as_transformers_does(stack):
-    model, ids = compress(tiny(), *STACKS[stack]), tokens(1, 70)[0]
+@pytest.mark.parametrize("kind", GATES)
+def test_gated_models_decide_and_give_as_transformers_does(kind):
+    model, ids = compress(tiny(), GATES[kind]), tokens(1, 70)[0]
     found = logits_of(lower(model, **EXACT), ids, decisions=True)
     with decisions(model) as made:
         expected = torch_logits(model, ids)
     asked = {2 * d.layer + (d.kind == "mlp"): d for d in made}
-    assert 0.3 < torch.cat([d.keep for d in made]).float().mean() < 0.95
+    assert 0.2 < torch.cat([d.keep for d in made]).float().mean() < 0.95
     for branch, kept in enumerate(found.kept):
         assert torch.equal(kept, asked[branch].keep[0] if branch in asked else torch.ones_like(kept))
         if branch in asked and not found.scores[branch].isnan().any():
@@ -94,7 +107,11 @@ def test_gated_models_decide_and_give_as_transformers_does(stack):
 @pytest.fixture(scope="module")
 def small():
     """A gated, quantized model that drafts."""
-    steps = g.GateSkip(budget=0.8, surrogate="narrow"), g.Quantize(group_size=32), g.SelfSpeculation(0.5, 3)
+    steps = (
+        gates(budget=0.8, surrogate="narrow"),
+        g.Quantize(group_size=32, solver="nearest", clip=False),
+        g.SelfSpeculation(0.5, 3),
+    )
     return compress(tiny(), *steps)
 
 
@@ -132,13 +149,13 @@ def test_threads_and_neighbours_in_a_batch_change_no_bit(small, session):
         assert torch.equal(together[row, 30:], alone[0, length:])
 
 
-@pytest.mark.parametrize("budget", [1, 0.8, 0.6])
+@pytest.mark.parametrize("budget", [1, 0.6])
 def test_texts_equal_transformers(small, session, budget):
-    for seed in range(3):
+    for seed in range(2):
         ids = tokens(1, 9, seed=seed)
-        with g.budget(small, budget):
-            expected = small.generate(ids, max_new_tokens=40, do_sample=False)
-            assert torch.equal(session.generate(ids, max_new_tokens=40, do_sample=False), expected)
+        with g.budget(small, budget), unpacked(small):
+            expected = small.generate(ids, max_new_tokens=25, do_sample=False)
+            assert torch.equal(session.generate(ids, max_new_tokens=25, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(draft_budget=0.4, draft_tokens=7)])
@@ -252,14 +269,18 @@ def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
         (dict(threads=0), "threads 0 must be from 1 to "),
         (dict(context_tokens=0), "context_tokens 0 and rows 1 must be at least 1"),
         (dict(kernels="mmx"), "kernels 'mmx' must be one of .*portable"),
-        (dict(head="int3"), "head 'int3' must be one of"),
         (dict(activation_bits=4), "activation_bits 4 must be one of 8, 16"),
     ],
-    ids=["threads", "no thread", "context", "kernels", "head", "activations"],
+    ids=["threads", "no thread", "context", "kernels", "activations"],
 )
 def test_arguments_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         lower(tiny(), **settings)
+
+
+def skipping_at_random(model):
+    put_in(model, {}, Dial(), form=RandomBlock)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -270,7 +291,7 @@ def test_arguments_out_of_range_are_refused(settings, message):
         (lambda: tiny(hidden_act="gelu"), "does not know activation 'gelu'"),
         (lambda: compress(tiny(), g.GateSkip(budget=1, kind="scalar")), "block 0 has a 'scalar' gate, which scales"),
         (lambda: compress(tiny(), g.Quantize(solver="nf4")), "NF4 and FP4 weights are no integers"),
-        (lambda: compress(tiny(), RandomSkip(budget=0.8)), "decides in another way than by its gates"),
+        (lambda: skipping_at_random(tiny()), "decides in another way than by its gates"),
         (lambda: tiny(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type 'dynamic'"),
     ],
     ids=["family", "window", "activation", "gate", "levels", "baseline", "rope"],
@@ -298,7 +319,7 @@ def test_without_the_extension_auto_says_why_and_native_raises(monkeypatch):
     monkeypatch.setattr(extension, "import_module", missing)
     told = []
     assert choose_runtime(tiny(), "auto", 64, told.append) is None
-    assert "no C\\+\\+17 compiler" in told[0] or "no C++17 compiler" in told[0]
+    assert "no C++17 compiler" in told[0]
     with pytest.raises(g.GateSkipError, match="no native runtime here"):
         choose_runtime(tiny(), "native", 64, told.append)
     assert choose_runtime(tiny(), "torch", 64, told.append) is None
@@ -316,8 +337,6 @@ def test_the_doctor_names_what_is_here():
 
 
 def test_the_familiar_streamer_works(session, capsys):
-    from tiny_models import tiny_tokenizer
-
     streamer = TextStreamer(tiny_tokenizer(), skip_prompt=True)
     out = session.generate(tokens(1, 5), max_new_tokens=4, do_sample=False, streamer=streamer)
     assert capsys.readouterr().out.split() == [f"w{i}" for i in out[0, 5:].tolist()]

@@ -5,6 +5,7 @@ is ours. One call decodes a token for every sequence; prompts go in a window at 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,17 +58,22 @@ class Session:
     kernels: str
     bytes_per_token: int
 
-    def generate(self, ids: Int[Tensor, "b t"], **settings: Any) -> Int[Tensor, "b u"]:
+    def generate(
+        self, ids: Int[Tensor, "b t"], *, streamer: BaseStreamer | None = None, **settings: Any
+    ) -> Int[Tensor, "b u"]:
         """Prompt and new tokens, as `model.generate(ids, **settings)` gives them.
 
         Args:
             ids: Prompts; shorter ones are padded on the left, with an `attention_mask` among the settings.
-            settings: Of `model.generate`: `max_new_tokens`, `streamer`, `do_sample`, `temperature` and so on.
+            streamer: Gets tokens as they stand.
+            settings: Of `model.generate`: `max_new_tokens`, `do_sample`, `temperature` and so on; and of `decode`.
 
         Raises:
             ValueError: token ids out of range, more tokens than the cache holds, more rows than it has, or beams.
         """
-        return self.model.generate(ids, custom_generate=self.decode, **settings)  # pyright: ignore[reportReturnType]
+        # transformers keeps the streamer from loops that are not its own
+        loop = partial(self.decode, streamer=streamer)
+        return self.model.generate(ids, custom_generate=loop, streamer=streamer, **settings)  # pyright: ignore[reportReturnType]
 
     @torch.inference_mode()
     def decode(
