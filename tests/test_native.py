@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
-from gateskip_compress.baselines.random_skip import RandomBlock
+from gateskip_compress.gating.block import GatedBlock
 from gateskip_compress.gating.dial import Dial, decisions
 from gateskip_compress.gating.transform import put_in
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
@@ -278,8 +278,13 @@ def test_arguments_out_of_range_are_refused(settings, message):
         lower(tiny(), **settings)
 
 
-def skipping_at_random(model):
-    put_in(model, {}, Dial(), form=RandomBlock)
+class Otherwise(GatedBlock):
+    def decide(self, *given):
+        raise AssertionError
+
+
+def skipping_otherwise(model):
+    put_in(model, {}, Dial(), form=Otherwise)
     return model
 
 
@@ -291,7 +296,7 @@ def skipping_at_random(model):
         (lambda: tiny(hidden_act="gelu"), "does not know activation 'gelu'"),
         (lambda: compress(tiny(), g.GateSkip(budget=1, kind="scalar")), "block 0 has a 'scalar' gate, which scales"),
         (lambda: compress(tiny(), g.Quantize(solver="nf4")), "NF4 and FP4 weights are no integers"),
-        (lambda: skipping_at_random(tiny()), "decides in another way than by its gates"),
+        (lambda: skipping_otherwise(tiny()), "decides in another way than by its gates"),
         (lambda: tiny(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type 'dynamic'"),
     ],
     ids=["family", "window", "activation", "gate", "levels", "baseline", "rope"],
