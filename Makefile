@@ -3,7 +3,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test smoke peers clean
+.PHONY: demo test smoke peers sanitize clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
 	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
@@ -31,6 +31,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 peers: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt optimum pypcre device-smi tokenicer logbar torchao defuser threadpoolctl
 	BUILD_CUDA_EXT=0 $(PIP) install --quiet --no-deps --no-build-isolation gptqmodel==7.6.0
+
+# The native kernels and models under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(VENV)/.installed
+	CFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(VENV)/bin/python setup.py -q build_ext --build-temp build/sanitize --build-lib build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		GATESKIP_NATIVE=build/sanitize $(VENV)/bin/python -m pytest -q tests/test_native_kernels.py tests/test_native.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

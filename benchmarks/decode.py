@@ -1,0 +1,241 @@
+"""Decode and prefill, native runtime beside transformers, llama.cpp and OpenVINO GenAI: one model, 4 bits, one machine.
+
+Timed: a whole call that reads a prompt and decodes greedily, no end token stopping it, and the same call for one token;
+prefill is the latter, decode the difference. All contestants take turns within one run, so that drift of the machine
+hits all alike; ratios are medians of the turns' own ratios. Not timed: loading (it has its own column, from the
+checkpoint to the first token), tokenizing. Beside tokens/s stand the weights' bytes that a token reads, times tokens/s,
+as a share of the read bandwidth measured in the same run.
+
+    python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
+
+Peers run in their own processes: --peers is a Python that has openvino-genai and llama-cpp-python, which may be another
+than ours. Both read the same GGUF file (Q4_1 for the embedded model); ours and transformers read the checkpoint. A peer
+that is missing is said, and has a row that says so. Prompts are the text's first tokens.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import gateskip_compress as g
+from gateskip_compress import runtime
+from gateskip_compress.gating.dial import dial_of, is_gated
+from gateskip_compress.measure import environment
+from gateskip_compress.runtime.extension import extension
+from gateskip_compress.runtime.speculate import Guesses
+
+BUDGETS = (0.75, 0.5)
+PEERS = ("llama.cpp", "OpenVINO GenAI")
+# Runs in the peer's Python: prints its load seconds, then those of each line, [prompt tokens, number of new tokens].
+_SERVE = """
+import json, sys, time
+name, file, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+start = time.perf_counter()
+if name == "llama.cpp":
+    from llama_cpp import Llama
+    model = Llama(file, n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+    def run(ids, count):
+        model.reset()
+        for i, _ in enumerate(model.generate(ids, top_k=1, temp=0.0, reset=True), 1):
+            if i == count: return
+else:
+    import numpy, openvino, openvino_genai
+    model = openvino_genai.LLMPipeline(file, "CPU", INFERENCE_NUM_THREADS=threads)
+    config = openvino_genai.GenerationConfig()
+    config.ignore_eos, config.do_sample = True, False
+    def run(ids, count):
+        config.max_new_tokens = count
+        model.generate(openvino.Tensor(numpy.array([ids], dtype=numpy.int64)), config)
+run([1, 2, 3], 1)
+print(json.dumps(time.perf_counter() - start), flush=True)
+for line in sys.stdin:
+    ids, count = json.loads(line)
+    start = time.perf_counter()
+    run(ids, count)
+    print(json.dumps(time.perf_counter() - start), flush=True)
+"""
+Run = Callable[[list[int], int], float]
+"""Seconds that a contestant takes for a prompt and so many new tokens."""
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of a gated, 4-bit checkpoint")
+    parser.add_argument("--gguf", type=Path, required=True, help="the same model for the peers")
+    parser.add_argument("--peers", default=sys.executable, help="a Python that has the peers; default: this one")
+    parser.add_argument("--text", default="pipelines/text/instructions.jsonl")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 2048])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once; peers take part at 1")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None, help="of every contestant; default: one a core")
+    parser.add_argument("--activation-bits", type=int, default=16, choices=(8, 16))
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of transformers; float32 where the processor has no bfloat16"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    start = time.perf_counter()
+    model, tokenizer = g.load(given.model)
+    session = runtime.lower(
+        model,
+        context_tokens=max(given.prompts) + given.new_tokens + 1,
+        rows=given.batch,
+        threads=given.threads,
+        activation_bits=given.activation_bits,
+    )
+    session.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, attention_mask=torch.ones(1, 3))
+    load_s = {"native": time.perf_counter() - start}
+    threads = given.threads or runtime.doctor()["cores"]
+    torch.set_num_threads(threads)
+    contestants = _ours(session, given.batch, given.dtype)
+    absent: dict[str, str] = {}
+    for name in PEERS if given.batch == 1 else ():
+        try:
+            contestants[name], load_s[name] = _peer(given.peers, name, given.gguf, threads)
+        except RuntimeError as error:
+            absent[name] = str(error)
+            print(f"{name} is missing: {error}")
+    bandwidth = extension().read_bandwidth(threads, 512, 9)
+    text = _tokens(given.text, tokenizer, max(given.prompts) + 2 * given.runs + 2)
+    given.out.parent.mkdir(exist_ok=True)
+    with given.out.open("a") as out:
+        for length in given.prompts:
+            rows = _measure(contestants, text, length, given.new_tokens, given.runs)
+            for row in rows:
+                read = session.bytes_per_token if row["contestant"] == "native" else None
+                rate = row["decode_tokens_per_s"]
+                row |= {
+                    "batch": given.batch,
+                    "prompt_tokens": length,
+                    "new_tokens": given.new_tokens,
+                    "load_s": load_s.get(row["contestant"]),
+                    "read_bytes_per_s": bandwidth,
+                    "weight_bytes_per_token": read,
+                    "roofline_share": rate * read / bandwidth if read else None,
+                    "kernels": session.kernels,
+                    "activation_bits": given.activation_bits,
+                    "model": Path(given.model).name,
+                    **environment(model),
+                }
+                out.write(json.dumps(row) + "\n")
+                _print(row)
+        for name, reason in absent.items():
+            out.write(json.dumps({"benchmark": "decode", "contestant": name, "missing": reason}) + "\n")
+
+
+def _ours(session: runtime.Session, batch: int, dtype: str) -> dict[str, Run]:
+    """The session at its budgets, and transformers with the model that was compressed."""
+    model = session.model
+
+    def call(generate: Callable[..., Any], budget: float, **settings: Any) -> Run:
+        def run(ids: list[int], count: int) -> float:
+            prompt = torch.tensor([ids]).expand(batch, -1)
+            given = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # no end token: all have a length
+            with g.budget(model, budget) if is_gated(model) else torch.no_grad():
+                start = time.perf_counter()
+                generate(prompt, max_new_tokens=count, attention_mask=torch.ones_like(prompt), **given, **settings)
+                return time.perf_counter() - start
+
+        return run
+
+    found = {"native": call(session.generate, 1.0)}
+    if is_gated(model):
+        floor = dial_of(model).floor
+        found |= {f"native, budget {b}": call(session.generate, b) for b in BUDGETS if b >= floor}
+    if batch == 1:
+        found["native, speculative"] = call(session.generate, 1.0, speculate=True, guesses=Guesses())
+    original = g.load(model.gateskip.original["source"], dtype=dtype)[0]
+    found[f"transformers, {dtype}"] = call(original.generate, 1.0)
+    return found
+
+
+def _peer(python: str, name: str, file: Path, threads: int) -> tuple[Run, float]:
+    """A peer in a process of its own, and its load seconds.
+
+    Raises:
+        RuntimeError: it does not start; says why.
+    """
+    command, pipe = [python, "-c", _SERVE, name, str(file), str(threads)], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    into, out, errors = process.stdin, process.stdout, process.stderr
+
+    def answer() -> float:
+        for line in out:  # peers print things of their own
+            try:
+                return float(json.loads(line))
+            except (ValueError, TypeError):
+                continue
+        last = errors.read().strip().splitlines() or ["it stopped"]
+        raise RuntimeError(f"{python}: {last[-1]}")
+
+    def run(ids: list[int], count: int) -> float:
+        into.write(json.dumps([ids, count]) + "\n")
+        into.flush()
+        return answer()
+
+    return run, answer()
+
+
+def _tokens(text: str, tokenizer: Any, count: int) -> list[int]:
+    """The first tokens of a text, again from the start where it is too short."""
+    from gateskip_compress.text import windows
+
+    found = windows(text, tokenizer, 256, count)
+    ids = found.flatten().tolist()
+    return (ids * (count // len(ids) + 1))[:count]
+
+
+def _measure(
+    contestants: dict[str, Run], text: list[int], length: int, new_tokens: int, runs: int
+) -> list[dict[str, Any]]:
+    """Turn by turn; a first turn warms up. Each prompt begins elsewhere: OpenVINO remembers those it has read."""
+    prefill: dict[str, list[float]] = {name: [] for name in contestants}
+    decode: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(runs + 1):
+        for name, run in contestants.items():
+            first = run(text[2 * turn :][:length], 1)
+            whole = run(text[2 * turn + 1 :][:length], new_tokens + 1)
+            if turn > 0:
+                prefill[name].append(first)
+                decode[name].append(max(whole - first, 1e-9))
+    return [
+        {
+            "benchmark": "decode",
+            "contestant": name,
+            "missing": None,
+            "prefill_tokens_per_s": length / median(prefill[name]),
+            "decode_tokens_per_s": new_tokens / median(decode[name]),
+            "prefill_speedup_of_native": median(a / b for a, b in zip(prefill[name], prefill["native"], strict=True)),
+            "decode_speedup_of_native": median(a / b for a, b in zip(decode[name], decode["native"], strict=True)),
+            "prefill_s": prefill[name],
+            "decode_s": decode[name],
+        }
+        for name in contestants
+    ]
+
+
+def _print(row: dict[str, Any]) -> None:
+    share = "" if row["roofline_share"] is None else f"; {row['roofline_share']:.0%} of the read bandwidth"
+    print(
+        f"{row['prompt_tokens']:5} {row['contestant']:22} prefill {row['prefill_tokens_per_s']:6.0f} tok/s, "
+        f"decode {row['decode_tokens_per_s']:6.1f} tok/s; native is {row['prefill_speedup_of_native']:.2f} × and "
+        f"{row['decode_speedup_of_native']:.2f} × as fast{share}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
