@@ -32,12 +32,15 @@ peers: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt optimum pypcre device-smi tokenicer logbar torchao defuser threadpoolctl
 	BUILD_CUDA_EXT=0 $(PIP) install --quiet --no-deps --no-build-isolation gptqmodel==7.6.0
 
-# The native kernels and models under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: $(VENV)/.installed
-	CFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(VENV)/bin/python setup.py -q build_ext --build-temp build/sanitize --build-lib build/sanitize
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		GATESKIP_NATIVE=build/sanitize $(VENV)/bin/python -m pytest -q tests/test_native_kernels.py tests/test_native.py
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r gateskip_compress tests setup.py pyproject.toml README.md build/sanitize
+	rm -f build/sanitize/gateskip_compress/runtime/*.so
+	cd build/sanitize && CFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(CURDIR)/$(VENV)/bin/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(CURDIR)/$(VENV)/bin/python -m pytest -q tests/test_native_kernels.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
