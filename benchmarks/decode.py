@@ -30,7 +30,7 @@ from gateskip_compress import runtime
 from gateskip_compress.gating.dial import dial_of, is_gated
 from gateskip_compress.measure import environment
 from gateskip_compress.runtime.extension import extension
-from gateskip_compress.runtime.speculate import Guesses
+from gateskip_compress.speculation.acceptance import Acceptance
 
 BUDGETS = (0.75, 0.5)
 PEERS = ("llama.cpp", "OpenVINO GenAI")
@@ -153,7 +153,7 @@ def _ours(session: runtime.Session, batch: int, dtype: str) -> dict[str, Run]:
         floor = dial_of(model).floor
         found |= {f"native, budget {b}": call(session.generate, b) for b in BUDGETS if b >= floor}
     if batch == 1:
-        found["native, speculative"] = call(session.generate, 1.0, speculate=True, guesses=Guesses())
+        found["native, speculative"] = call(session.generate, 1.0, speculate=True, acceptance=Acceptance())
     original = g.load(model.gateskip.original["source"], dtype=dtype)[0]
     found[f"transformers, {dtype}"] = call(original.generate, 1.0)
     return found

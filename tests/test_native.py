@@ -15,7 +15,8 @@ from gateskip_compress.gating.dial import Dial, decisions
 from gateskip_compress.gating.transform import put_in
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
-from gateskip_compress.runtime.speculate import Guesses, Lookup
+from gateskip_compress.runtime.speculate import Lookup
+from gateskip_compress.speculation.acceptance import Acceptance
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
 KERNELS = [name for name, _ in native.kernels()]
@@ -161,13 +162,13 @@ def test_texts_equal_transformers(small, session, budget):
 
 @pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(draft_budget=0.4, draft_tokens=7)])
 def test_speculation_changes_no_token(small, session, extra):
-    counts = Guesses()
+    counts = Acceptance()
     for seed in range(3):
         ids = tokens(1, 9, seed=30 + seed).repeat(1, 3)  # repeats, which looking up finds
         plain = {name: value for name, value in extra.items() if not name.startswith("draft")}
         settings = dict(max_new_tokens=60, do_sample=False)
         expected = session.generate(ids, **settings, **plain)
-        found = session.generate(ids, **settings, **extra, speculate=True, guesses=counts)
+        found = session.generate(ids, **settings, **extra, speculate=True, acceptance=counts)
         assert torch.equal(found, expected)
     assert 0 <= counts.accepted <= counts.drafted
     assert counts.drafted > 0
@@ -175,10 +176,10 @@ def test_speculation_changes_no_token(small, session, extra):
 
 def test_speculation_by_looking_up_needs_no_gates_and_fills_the_cache_to_its_end():
     model = tiny()
-    session, counts = lower(model, context_tokens=64), Guesses()
+    session, counts = lower(model, context_tokens=64), Acceptance()
     ids = tokens(1, 4)
     expected = session.generate(ids, max_new_tokens=60, do_sample=False)
-    found = session.generate(ids, max_new_tokens=60, do_sample=False, speculate=True, guesses=counts)
+    found = session.generate(ids, max_new_tokens=60, do_sample=False, speculate=True, acceptance=counts)
     assert torch.equal(found, expected)
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from ..errors import RuntimeUnavailable, UnsupportedModel
 from ..measure import Speed, peak_bytes
 from ..names import check_choice
+from ..speculation.acceptance import Acceptance
 from .lower import lower
 from .session import Session
-from .speculate import Guesses
 
 Runtime = Literal["auto", "native", "torch"]
 
@@ -58,10 +58,10 @@ def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, ru
     generator = torch.Generator().manual_seed(0)
     size = session.model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(size, (1, prompt_tokens), generator=generator)
-    guesses = Guesses()
+    acceptance = Acceptance()
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     if speculate:
-        settings |= {"speculate": True, "guesses": guesses}
+        settings |= {"speculate": True, "acceptance": acceptance}
 
     def prefill() -> float:
         began = perf_counter()
@@ -76,16 +76,15 @@ def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, ru
     prefill()
     prefill_s = [prefill() for _ in range(runs)]
     decode(min(4, new_tokens))
-    guesses.drafted = guesses.accepted = guesses.verifies = 0
+    acceptance.clear()
     # the prompt's part is taken off: a session has no call that starts from a filled cache
     decode_s = [decode(new_tokens) - prefill() for _ in range(runs)]
-    verifies = guesses.verifies
     return Speed(
         prefill_tokens_per_s=prompt_tokens / median(prefill_s),
         decode_tokens_per_s=new_tokens / median(decode_s),
         prefill_s=prefill_s,
         decode_s=decode_s,
         peak_bytes=peak_bytes(session.model.device),
-        accepted_share=guesses.accepted_share,
-        tokens_per_verify=(guesses.accepted + verifies) / verifies if verifies else None,
+        accepted_share=acceptance.accepted_share,
+        tokens_per_verify=acceptance.tokens_per_verify,
     )

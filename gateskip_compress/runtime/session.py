@@ -16,9 +16,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 
 from ..gating.dial import dial_of, is_gated
+from ..speculation.acceptance import Acceptance
 from .extension import extension
 from .pack import vocabulary
-from .speculate import Guesses, Speculator
+from .speculate import Speculator
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Session:
         speculate: bool = False,
         draft_budget: float | None = None,
         draft_tokens: int | None = None,
-        guesses: Guesses | None = None,
+        acceptance: Acceptance | None = None,
         **model_kwargs: Any,
     ) -> Int[Tensor, "b u"]:
         """The loop; pass it as `model.generate(ids, custom_generate=session.decode)`.
@@ -101,9 +102,9 @@ class Session:
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
             speculate: Guess tokens and verify them, see `speculate.py`; greedy, one sequence; the text stays the same.
-            draft_budget: Of gate drafts; None takes the pipeline step's, and without one looks up alone.
+            draft_budget: Of gate drafts; None takes the pipeline step's, and where that has none looks up alone.
             draft_tokens: Guessed at a time; None takes the pipeline step's, or 4.
-            guesses: Counts are added to it.
+            acceptance: Counts are added to it.
             model_kwargs: What `generate` prepared.
         """
         del model
@@ -116,7 +117,7 @@ class Session:
             text = input_ids[0].tolist()
             if len(text) > 1:
                 self.prefill(input_ids[0, :-1].numpy())
-            speculator = Speculator(self, text, logits_processor, tokens, share, guesses or Guesses())
+            speculator = Speculator(self, text, logits_processor, tokens, share, acceptance or Acceptance())
             return _follow(speculator, input_ids, stopping_criteria, streamer)
         sampled, prompts = bool(generation_config.do_sample), _prompts(input_ids, model_kwargs.get("attention_mask"))
         processed = sampled or len(logits_processor) > 0

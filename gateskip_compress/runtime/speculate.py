@@ -17,6 +17,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..gating.dial import budget
+from ..speculation.acceptance import Acceptance
 
 if TYPE_CHECKING:
     from .session import Session
@@ -27,20 +28,6 @@ _REST_TOKENS = 32
 """Decoded before a kind of guess that lost is tried again."""
 _MEMORY = 0.8
 """Share of a measured rate that the next measurement keeps."""
-
-
-@dataclass
-class Guesses:
-    """Counts of one generation; a decoder adds to them in place."""
-
-    drafted: int = 0
-    accepted: int = 0
-    verifies: int = 0
-
-    @property
-    def accepted_share(self) -> float | None:
-        """Share of guessed tokens that stood; None where none was guessed."""
-        return self.accepted / self.drafted if self.drafted else None
 
 
 @dataclass
@@ -96,7 +83,7 @@ class Speculator:
     processors: LogitsProcessorList
     tokens: int
     draft_budget: float | None
-    counts: Guesses
+    counts: Acceptance
     plain: Rate = field(default_factory=Rate)
     lookup: Rate = field(default_factory=Rate)
     gates: Rate = field(default_factory=Rate)
@@ -107,19 +94,30 @@ class Speculator:
         while True:
             began = perf_counter()
             rate, guess = self._guess(min(self.tokens, self.session.context_tokens - len(self.text)))
+            drafted = perf_counter()
             found = self.choices(guess)
             stands = 0
             while stands < len(guess) and guess[stands] == found[stands]:
                 stands += 1
-            rate.measure(stands + 1, perf_counter() - began)
+            ended = perf_counter()
+            rate.measure(stands + 1, ended - began)
             if rate is not self.plain and rate.tokens_per_s < self.plain.tokens_per_s:
                 rate.rests_until, rate.tokens_per_s = len(self.text) + _REST_TOKENS, 0.0
-            self.counts.drafted += len(guess)
-            self.counts.accepted += stands
-            self.counts.verifies += 1
+            self._count(len(guess), stands, drafted - began, ended - drafted)
             for token in found[: stands + 1]:
                 self.text.append(token)
                 yield token
+
+    def _count(self, guessed: int, stands: int, draft_s: float, verify_s: float) -> None:
+        self.counts.drafted += guessed
+        self.counts.accepted += stands
+        self.counts.draft_s += draft_s
+        if guessed:
+            self.counts.verifies += 1
+            self.counts.verify_s += verify_s
+        else:
+            self.counts.plain_steps += 1
+            self.counts.plain_s += verify_s
 
     def _guess(self, count: int) -> tuple[Rate, list[int]]:
         """Which way to take, and what it guesses; nothing is plain decoding, which comes first, to be measured."""
