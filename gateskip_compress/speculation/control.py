@@ -230,12 +230,14 @@ def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int) -> 
     gated = settings.drafts != "look-up"
     budgets = tuple(settings.budgets(model)) if gated else ()
     key = (settings, budgets, dial_of(model).budget if gated else None, rows)
-    known: Any = getattr(model, "speculation_control", None)
-    if known is None or known[0] != key:
+    known: dict[Any, Control] | None = getattr(model, "speculation_controls", None)
+    if known is None:
+        known = model.speculation_controls = {}
+    if key not in known:
         looking = [Drafter(None)] if settings.drafts != "gates" else []
         drafters = [*looking, *map(Drafter, budgets)]
-        known = model.speculation_control = key, Control(drafters, settings.draft_tokens, adapt=settings.adapt)
-    return known[1]
+        known[key] = Control(drafters, settings.draft_tokens, adapt=settings.adapt)
+    return known[key]
 
 
 class Clock:
