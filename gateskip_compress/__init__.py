@@ -18,6 +18,7 @@ from .pipeline import recalibrate as recalibrate
 from .pruning.transform import Prune as Prune
 from .quantization.transform import Quantize as Quantize
 from .recipe import read_recipe as read_recipe
+from .recovery import Recover as Recover
 from .source import load as load
 from .speculation.decode import self_speculative as self_speculative
 from .speculation.transform import SelfSpeculation as SelfSpeculation

@@ -60,7 +60,10 @@ class Manifest:
     @property
     def needs_rebuilding(self) -> bool:
         """Whether plain transformers cannot load the model without us."""
-        return any(transform.stage != Stage.PRUNE for transform in self.transforms)
+        return any(
+            transform.stage not in (Stage.PRUNE, Stage.RECOVER) or "widths" in step["record"]
+            for transform, step in zip(self.transforms, self.steps, strict=True)
+        )
 
     @property
     def imported(self) -> bool:

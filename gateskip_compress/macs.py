@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from .model import blocks, family_of, features, key_value_features, projections, read_out, width
+from .model import NoMlp, blocks, family_of, features, key_value_features, projections, read_out, width
 from .model.attention import whole_rectangles
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -57,7 +57,11 @@ def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[tuple[int,
     family, costs = family_of(model), {}
     for layer, block in enumerate(blocks(model)):
         for branch in family.branches:
-            parts = projections(block, branch)
+            parts, body = projections(block, branch), getattr(block, branch.body[0])
+            if isinstance(body, NoMlp):  # taken out
+                instead = body.instead.replace_macs if body.instead is not None else 0
+                costs[layer, branch.kind] = BranchCost(always=0, kept=instead, gate=0, skipped=0)
+                continue
             total = sum(d * o for d, o in filter(None, map(features, parts.values())))
             always = products = 0
             if branch.kind == "attention":

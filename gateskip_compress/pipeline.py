@@ -1,6 +1,7 @@
 """A stack of transforms: order checked when it is built, run by a loop."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -11,9 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest, attach, manifest_of
 from .errors import PipelineError, UnsupportedModel
+from .gating.dial import is_gated
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
 from .precision import quick_products
+from .pruning.transform import Prune
+from .quantization.transform import Quantize
+from .recovery import Recover
 from .speculation.transform import SelfSpeculation
 from .step import Context, Record, Stage, Transform
 from .text import Passage, self_written
@@ -32,7 +37,8 @@ class Pipeline:
     """Transforms in the order in which they are applied.
 
     Args:
-        steps: Each kind once at most; Prune, GateSkip, Quantize, SelfSpeculation in this order.
+        steps: Each kind once at most; Prune, GateSkip, Quantize, SelfSpeculation in this order. Prune(by="gates")
+            follows GateSkip; Recover may follow any step.
 
     Raises:
         PipelineError: steps out of order, twice, or lacking one they rest on; says both steps, the reason and the mend.
@@ -42,14 +48,57 @@ class Pipeline:
         self.steps = steps
         for step in steps:
             if not isinstance(step, Transform):
-                raise PipelineError(f"{step!r} is not a step; use Prune, GateSkip, Quantize or SelfSpeculation")
-        for before, after in pairwise(steps):
-            if after.stage == before.stage:
-                raise PipelineError(f"{before!r} and {after!r} are the same kind of step; keep one of them")
-            if after.stage < before.stage:
-                reason = _REASONS[before.stage, after.stage]
-                raise PipelineError(f"{after!r} cannot follow {before!r}: {reason}; put {after.name} first")
+                raise PipelineError(
+                    f"{step!r} is not a step; use Prune, GateSkip, Quantize, SelfSpeculation or Recover"
+                )
+        self._check_gates()
+        for before, after in pairwise(step for step in steps if not isinstance(step, Recover)):
+            self._check_pair(before, after)
+        self._check_recovery()
         self._check_draft()
+
+    def _check_pair(self, before: Transform, after: Transform) -> None:
+        by_gates = [isinstance(step, Prune) and step.scored == "gates" for step in (before, after)]
+        # pruning by gates stands between gates and what follows them
+        places = [step.stage + (1.5 if gates else 0) for step, gates in zip((before, after), by_gates, strict=True)]
+        if places[0] == places[1]:
+            raise PipelineError(f"{before!r} and {after!r} are the same kind of step; keep one of them")
+        if places[1] > places[0]:
+            return
+        if after.stage == before.stage or by_gates[0]:
+            raise PipelineError(f"{after!r} cannot follow {before!r}: the gates would be stale; put it before GateSkip")
+        reason = _REASONS[before.stage, after.stage]
+        first = f"GateSkip and {after.name}" if by_gates[1] else after.name
+        raise PipelineError(f"{after!r} cannot follow {before!r}: {reason}; put {first} first")
+
+    def _check_gates(self) -> None:
+        for at, step in enumerate(self.steps):
+            if not isinstance(step, Prune) or step.scored != "gates":
+                continue
+            gate = next((before for before in self.steps[:at] if isinstance(before, GateSkip)), None)
+            if gate is None:
+                raise PipelineError(f"{step!r} needs a GateSkip step before it, whose gates it reads; add one")
+            if gate.kind != "effect" or gate.where == "block" or gate.kv == "copy" or gate.every > 1:
+                raise PipelineError(
+                    f"{step!r} cannot read the gates of {gate!r}: each branch must have one that predicts a loss, and "
+                    "keys of its own; use kind='effect', where='branches', kv='dense', every=1"
+                )
+
+    def _check_recovery(self) -> None:
+        for at, step in enumerate(self.steps):
+            if not isinstance(step, Recover):
+                continue
+            if at == 0:
+                raise PipelineError(f"{step!r} has nothing to recover from; put it after another step")
+            before = self.steps[at - 1]
+            if isinstance(before, Recover):
+                raise PipelineError(f"{before!r} and {step!r} are the same kind of step; keep one of them")
+            quantize = next((done for done in self.steps[:at] if isinstance(done, Quantize)), None)
+            if quantize is not None and step.what != "norms":
+                raise PipelineError(
+                    f"{step!r} cannot follow {quantize!r}: weights of few bits cannot be trained; "
+                    "use what='norms', or put it before quantize"
+                )
 
     def _check_draft(self) -> None:
         gate = next((step for step in self.steps if isinstance(step, GateSkip)), None)
@@ -108,7 +157,8 @@ class Pipeline:
         start(model, tokenizer)
         if calibration is None:
             calibration = self_written(model, tokenizer, seed=seed)
-        context = Context(calibration, seed, passages=training)
+        learns = any(isinstance(step, Recover) for step in self.steps)
+        context = Context(calibration, seed, passages=training, original=deepcopy(model) if learns else None)
         for step in self.steps:
             apply(step, model, context)
         return model
@@ -142,11 +192,16 @@ def facts(model: PreTrainedModel, source: str) -> dict[str, Any]:
 
 
 def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
-    """Apply one step in place, with quick products, and write it into the model's manifest."""
+    """Apply one step in place, with quick products, and write it into the model's manifest.
+
+    Where it changed a model under its gates, their thresholds are found anew.
+    """
     with quick_products():
         record = step.apply(model, context)
     manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
+    if step.stage in (Stage.PRUNE, Stage.RECOVER) and is_gated(model):
+        recalibrate(model, context.calibration)
     attach(model, manifest)
     return record
 

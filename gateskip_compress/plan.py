@@ -12,7 +12,7 @@ from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
 from .model import blocks, branches, linears, vocabulary
-from .pruning.transform import SCORING_TOKENS, Prune
+from .pruning.transform import Prune
 from .quantization.groups import check_group_size
 from .quantization.transform import Quantize
 from .recipe import Recipe
@@ -46,19 +46,21 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         return passes + (2 * layers * min(MEASURED_TOKENS, tokens) if step.spread == "sensitivity" else 0)
 
     work = {
-        "prune": lambda step: step.blocks * min(SCORING_TOKENS, tokens),
         "gateskip": gating,
         "self_speculation": lambda step: gating(step.gates) if step.gates is not None else 0,
+        "prune": lambda step: step.estimated_tokens(tokens, layers),
+        "recover": lambda step: 4 * step.tokens,  # the original forwards; the model forwards and backwards
         "quantize": lambda step: 3 * tokens if step.solver == "gptq" else 0,  # two passes, and second moments
     }
     steps = []
     for step in recipe.pipeline():
         seconds = work.get(step.name, lambda _: 0)(step) * per_token * kept / rate
         if isinstance(step, Prune):
-            if step.blocks >= layers:
+            if (step.blocks or 0) >= layers:
                 raise ValueError(f"cannot drop {step.blocks} of {layers} blocks; at most {layers - 1}")
-            kept = 1 - step.blocks / layers
-            disk -= (1 - kept) * weights * float_bytes
+            gone = (step.share or 0) if step.blocks is None else step.blocks / layers
+            disk -= kept * gone * weights * float_bytes
+            kept *= 1 - gone
         if isinstance(step, Quantize):
             for linear in linears(model).values():
                 check_group_size(step.group_size, linear.in_features, short=step.short_groups)

@@ -71,7 +71,8 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         model.gateskip.tokenizer = tokenizer
     before = json.loads(([first, *folders][done] / "stage.json").read_text())
     for step, folder in list(zip(recipe.pipeline(), folders, strict=True))[done:]:
-        context = Context(calibration, recipe.seed, track, lessons, scratch=out / "steps" / "unfinished")
+        unfinished = out / "steps" / "unfinished"
+        context = Context(calibration, recipe.seed, track, lessons, unfinished, original, cache=cache_folder())
         _, taken = _timed(lambda step=step, context=context: apply(step, model, context))
         before = _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), before, track)
         shutil.rmtree(out / "steps" / "unfinished", ignore_errors=True)

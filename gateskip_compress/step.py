@@ -18,8 +18,12 @@ Record = dict[str, Any]
 
 
 class Stage(IntEnum):
-    """Where a step stands in a stack. Structure first, then gates, then number formats, then how to decode."""
+    """Where a step stands in a stack. Structure first, then gates, then number formats, then how to decode.
 
+    Recovery has no place of its own: it may follow any step.
+    """
+
+    RECOVER = 0
     PRUNE = 1
     GATE = 2
     QUANTIZE = 3
@@ -36,6 +40,8 @@ class Context:
         track: Wraps a loop to show its progress, as `untracked` does not.
         passages: What steps that train are trained on; none means the calibration windows.
         scratch: Folder for states of long work, from which an interrupted step goes on; None keeps nothing.
+        original: The model before the first step, for steps that learn from it; None where none does.
+        cache: Folder that keeps scores, so that another target cuts without scoring anew; None keeps nothing.
     """
 
     calibration: Int[Tensor, "n t"]
@@ -43,6 +49,8 @@ class Context:
     track: Callable[..., Iterable[Any]] = untracked
     passages: Sequence[Passage] = ()
     scratch: Path | None = None
+    original: PreTrainedModel | None = None
+    cache: Path | None = None
 
 
 @runtime_checkable

@@ -212,7 +212,7 @@ def self_written(
     """
     path = None
     if cache is not None:
-        path = cache / f"self-{_fingerprint(model)}-{count}x{window_tokens}-{seed}.json"
+        path = cache / f"self-{fingerprint(model)}-{count}x{window_tokens}-{seed}.json"
         if path.is_file():
             return torch.tensor(json.loads(path.read_text()))
     start = _first_ids(model, tokenizer)
@@ -258,7 +258,7 @@ def _first_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return [first]  # pyright: ignore[reportReturnType]
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Of the config and of a sample of every tensor: two models that differ do not share their text."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""The four transforms by the names they have in recipes, checkpoints and reports."""
+"""The transforms by the names they have in recipes, checkpoints and reports."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
@@ -10,10 +10,11 @@ from .gating.transform import GateSkip
 from .names import nearest
 from .pruning.transform import Prune
 from .quantization.transform import Quantize
+from .recovery import Recover
 from .speculation.transform import SelfSpeculation
 
-AnyTransform = Prune | GateSkip | Quantize | SelfSpeculation
-TRANSFORMS: dict[str, type[AnyTransform]] = {t.name: t for t in (Prune, GateSkip, Quantize, SelfSpeculation)}
+AnyTransform = Prune | GateSkip | Quantize | SelfSpeculation | Recover
+TRANSFORMS: dict[str, type[AnyTransform]] = {t.name: t for t in (Prune, GateSkip, Quantize, SelfSpeculation, Recover)}
 
 
 def transform_named(name: str) -> type[AnyTransform]:

@@ -11,6 +11,9 @@ from gateskip_compress.checkpoint import read_manifest
 
 PRUNE, GATE, INT4 = g.Prune(blocks=1), g.GateSkip(budget=0.8, rank=4), g.Quantize(group_size=32)
 DRAFT = g.SelfSpeculation(draft_budget=0.6, draft_tokens=2)
+NARROW, UNEVEN = g.Prune(share=0.2, multiple=32), g.Prune(share=0.2, multiple=16, shape="uneven")
+BRANCHES, BY_GATES = g.Prune(share=0.3, cut="branches"), g.Prune(share=0.1, cut="branches", by="gates")
+LORA, NORMS = g.Recover(tokens=400, batch=2), g.Recover(tokens=400, batch=2, what="norms")
 LEGAL = {
     "prune": (PRUNE,),
     "gate": (GATE,),
@@ -22,6 +25,12 @@ LEGAL = {
     "gate+int4": (GATE, INT4),
     "gate+draft": (GATE, DRAFT),
     "all": (PRUNE, GATE, INT4, DRAFT),
+    "narrow+recover+gate": (NARROW, LORA, GATE),
+    "uneven+gate+int4": (UNEVEN, GATE, g.Quantize(group_size=32, short_groups=True)),
+    "branches+gate+draft": (BRANCHES, g.GateSkip(budget=0.9, rank=4), g.SelfSpeculation(draft_budget=0.7)),
+    "gate+prune by gates+recover+int4+recover": (GATE, BY_GATES, g.Recover(tokens=400, what="all"), INT4, NORMS),
+    "prune+gate+prune blocks by gates": (PRUNE, GATE, g.Prune(blocks=1, by="gates")),
+    "all+recover": (PRUNE, GATE, INT4, DRAFT, NORMS),
 }
 
 
@@ -44,6 +53,17 @@ ILLEGAL = {
     "gate before prune": ((GATE, PRUNE), r"Prune\(.*cannot follow GateSkip\(.*stale; put prune first"),
     "quantize before gate": ((INT4, GATE), r"GateSkip\(.*cannot follow Quantize\(.*; put gateskip first"),
     "draft before int4": ((GATE, DRAFT, INT4), r"Quantize\(.*cannot follow SelfSpeculation\("),
+    "gate before prune by gates": ((BY_GATES, GATE), r"needs a GateSkip step before it"),
+    "prune by gates without": ((BY_GATES,), "needs a GateSkip step before it, whose gates it reads; add one"),
+    "prune by gates twice": ((GATE, BY_GATES, BY_GATES), "same kind of step; keep one"),
+    "prune by gates after int4": ((GATE, INT4, BY_GATES), r"cannot follow Quantize\(.*put GateSkip and prune first"),
+    "prune by paper gates": (
+        (g.GateSkip(kind="vector", training=g.Training(steps=1)), BY_GATES),
+        r"cannot read the gates of GateSkip\(.*use kind='effect', where='branches'",
+    ),
+    "recover first": ((LORA, PRUNE), "has nothing to recover from; put it after another step"),
+    "recover twice": ((PRUNE, LORA, LORA), "same kind of step; keep one"),
+    "recover weights of few bits": ((INT4, LORA), r"Recover\(.*cannot follow Quantize\(.*use what='norms'"),
     "twice": ((INT4, INT4), "same kind of step; keep one"),
     "draft without gates": ((DRAFT,), "needs a GateSkip step before it"),
     "draft above": ((g.GateSkip(budget=0.5), DRAFT), "lower draft_budget under 0.5"),

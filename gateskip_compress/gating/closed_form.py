@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..elimination import eliminate
 from ..precision import exact_products
 
 
@@ -91,15 +92,12 @@ def reduced_rank(
     return down.float(), up.float(), (y_mean - x_mean @ down @ up).float()
 
 
-@exact_products()
 def backward_elimination(
     xx: Float[Tensor, "k k"], weight: Float[Tensor, "o k"], count: int, ridge: float
 ) -> Int[Tensor, " _count"]:
     """Which inputs of a linear map to keep, so that the others can best be made up for.
 
-    Removing input j from y = W x and refitting the rest loses |b_j|² / [H⁻¹]_jj, where H = E x xᵀ and b is the refitted
-    map of what is left (the optimal brain surgeon's saliency, Hassibi 1993, of a whole column). The least salient go,
-    an eighth of what is left at a time, and the rest is refitted.
+    The least salient go, an eighth of what is left at a time, and the rest is refitted: see `elimination.py`.
 
     Args:
         xx: Sums of x xᵀ over tokens.
@@ -110,15 +108,11 @@ def backward_elimination(
     Returns:
         Kept inputs, ascending.
     """
-    damped = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), device=xx.device)
-    left = torch.arange(len(xx), device=xx.device)
-    while len(left) > count:
-        factor = torch.linalg.cholesky(damped[left][:, left])
-        refitted = torch.cholesky_solve(xx[left] @ weight.T, factor)
-        saliency = refitted.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
-        stay = max(count, len(left) - max(1, len(left) // 8))
-        left = left[saliency.topk(stay).indices.sort().values]
-    return left
+    left = torch.ones(len(xx), dtype=torch.bool, device=xx.device)
+    damped = xx.double()
+    damped = damped + ridge * damped.diagonal().mean() * torch.eye(len(xx), device=xx.device, dtype=torch.float64)
+    left[eliminate(damped, weight, count=count).order] = False
+    return left.nonzero().squeeze(1)
 
 
 def effect(missed: Float[Tensor, "n d"], residual: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -23,20 +23,19 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import GateSkipError
+from ..adapters import add_adapters, merge_adapters
 from ..losses import cross_entropy, gate_kl, gate_l1, gate_l2, kl_divergence
-from ..model import blocks, linears
+from ..model import blocks
 from ..names import check_choice
 from ..step import Context, Record
 from ..text import Passage
-from ..training import Batch, train
+from ..training import Batch, scored_logits, train
 from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
 from .dial import RUN_ALL, Decision, How, branch_index, decisions, dial_of, skipping
 from .gate import Gate
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]
-LORA_RANK = 8
 FIRST_WINDOWS = 8
 """Calibration windows that the first step's thresholds come from; the same however many processes train."""
 
@@ -138,7 +137,7 @@ def train_gates(
     passages = context.passages or [Passage.whole(window) for window in context.calibration]
     teacher = deepcopy(model) if training.train in ("lora", "all") else model
     if training.train == "lora":
-        _add_adapters(model, context.seed)
+        add_adapters(model, context.seed)
     dial = dial_of(model)
     before, how = dial.thresholds, dial.how
     learning: How = "soft" if _gate_rate(model, training) > 0 else "compact"
@@ -164,11 +163,11 @@ def train_gates(
     def forward(batch: Batch, step: int) -> tuple[Tensor, int]:
         context_tokens = batch.ids.shape[1]
         with torch.no_grad(), as_teacher(teacher):
-            reference = _scored_logits(teacher, batch) if training.distillation > 0 else None
+            reference = scored_logits(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
         dial.how, dial.thresholds, dial.spreads = learning, tuple(state["thresholds"]), tuple(state["spreads"])
         with decisions(model) as seen:
-            logits = _scored_logits(model, batch)
+            logits = scored_logits(model, batch)
         total = logits.new_zeros(())
         if reference is not None:
             total = total + training.distillation * kl_divergence(reference, logits).sum()
@@ -208,7 +207,7 @@ def train_gates(
             _checkpointing(model, "disable")
         model.eval()
         if training.train == "lora":
-            _merge_adapters(model)
+            merge_adapters(model)
     return {**record, "budgets": state["budgets"]}
 
 
@@ -260,14 +259,6 @@ def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Pa
     return groups
 
 
-def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Predictions of the batch's scored tokens, (n, v), float32."""
-    columns = batch.scored.any(0).nonzero().squeeze(1)
-    mask = None if bool(batch.real.all()) else batch.real.long()
-    logits = model(batch.ids, attention_mask=mask, use_cache=False, logits_to_keep=columns - 1).logits
-    return logits[batch.scored[:, columns]].float()
-
-
 def _rows(seen: list[Decision], batch: Batch) -> list[list[Decision]]:
     """The decisions row by row, without padding and without gradients, on the CPU, to be gathered from processes."""
     lengths = batch.real.sum(1).tolist()
@@ -290,26 +281,3 @@ def _gate_loss(kind: GateLoss, seen: list[Decision], batch: Batch, target: float
             gate_l1(opening) if kind == "l1" else gate_l2(opening) if kind == "l2" else gate_kl(opening, target)
         )
     return torch.stack(parts).mean()
-
-
-def _add_adapters(model: PreTrainedModel, seed: int) -> None:
-    """LoRA on every projection of the blocks, in place."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports] an extra
-    except ImportError as error:
-        raise GateSkipError("train='lora' needs the package peft: pip install 'gateskip-compress[train]'") from error
-    torch.manual_seed(seed)
-    inject_adapter_in_model(
-        LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(linears(model))), model
-    )
-
-
-def _merge_adapters(model: PreTrainedModel) -> None:
-    """Add adapters to the weights that they adapt, and take them away, in place."""
-    from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports] an extra
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.get_base_layer())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, width
+from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, has_branch, width
 from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import weigh
@@ -199,8 +199,9 @@ class GateSkip:
         torch.manual_seed(seed)  # inner layers of `mlp` and `lowrank` gates start random
         parameter, gates, shared = next(model.parameters()), {}, {}
         for layer in range(self.every - 1, len(blocks(model)), self.every):
-            for kind in _WHERE[self.where]:
-                follows = self.where == "block" and kind == "mlp"
+            there = [kind for kind in _WHERE[self.where] if has_branch(model, layer, kind)]
+            for kind in there:
+                follows = self.where == "block" and kind != there[0]
                 own = None if follows else self.kind
                 narrow = self._narrow(model, layer) if self.surrogate == "narrow" and kind == "mlp" else None
                 surrogate = "lowrank" if self.surrogate == "narrow" and narrow is None else self.surrogate

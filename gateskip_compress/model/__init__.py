@@ -8,6 +8,7 @@ from .blocks import check_copying as check_copying
 from .blocks import family_of as family_of
 from .blocks import features as features
 from .blocks import gated_mlp as gated_mlp
+from .blocks import has_branch as has_branch
 from .blocks import key_value_features as key_value_features
 from .blocks import linears as linears
 from .blocks import projections as projections
@@ -21,4 +22,17 @@ from .family import BRANCH_KINDS as BRANCH_KINDS
 from .family import FAMILIES as FAMILIES
 from .family import Branch as Branch
 from .family import Family as Family
+from .gradients import watch_gradients as watch_gradients
+from .removed import NoMlp as NoMlp
 from .walk import walk as walk
+from .widths import Kept as Kept
+from .widths import Width as Width
+from .widths import branch_width as branch_width
+from .widths import check_unshared as check_unshared
+from .widths import check_widths as check_widths
+from .widths import describe as describe
+from .widths import narrow as narrow
+from .widths import out_projection as out_projection
+from .widths import plain_config as plain_config
+from .widths import remove as remove
+from .widths import rows_of as rows_of

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel
 from .family import FAMILIES, PER_BLOCK, Branch, Family
+from .removed import NoAttention, NoMlp
 
 See = Callable[[int, str, Tensor, Tensor, Tensor], None]
 """Gets layer, branch kind, and the branch's input, output and residual, each (b, t, d)."""
@@ -39,6 +40,8 @@ def family_of(model: PreTrainedModel) -> Family:
                 if not hasattr(block, part):
                     raise UnsupportedModel(f"block {index} of this {name} model has no {part!r}")
         attention = getattr(block, family.attention.body[0])
+        if isinstance(attention, NoAttention):
+            continue
         missing = [part for part in family.layout.parts if not hasattr(attention, part)]
         if missing:
             raise UnsupportedModel(f"attention of block {index} of this {name} model has no {', '.join(missing)}")
@@ -61,6 +64,12 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     if not isinstance(found, nn.ModuleList) or len(found) == 0:
         raise UnsupportedModel(f"{type(model).__name__} has no blocks at {path}")
     return found
+
+
+def has_branch(model: PreTrainedModel, layer: int, kind: str) -> bool:
+    """Whether a block still has a branch, or it was taken out."""
+    branch = next(branch for branch in branches(model) if branch.kind == kind)
+    return not isinstance(getattr(blocks(model)[layer], branch.body[0]), NoMlp)
 
 
 def width(model: PreTrainedModel) -> int:
@@ -131,7 +140,7 @@ def projections(block: nn.Module, branch: Branch) -> dict[str, nn.Module]:
 def key_value_features(family: Family, block: nn.Module) -> int:
     """How many keys and values a token has in all heads; what is neither queries nor output, fused or not."""
     sizes = {name: features(module) for name, module in projections(block, family.attention).items()}
-    heads, _ = sizes.pop(f"{family.attention.body[0]}.{family.layout.out}") or (0, 0)
+    heads, _ = sizes.pop(f"{family.attention.body[0]}.{family.layout.out}", None) or (0, 0)
     return sum(size[1] for size in sizes.values() if size) - heads
 
 

@@ -18,7 +18,7 @@ class _Enough(Exception):
     """Ends a forward pass at the first block."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: parameters that a visit makes may be trained later
 def walk(
     model: PreTrainedModel, windows: Int[Tensor, "n t"], visit: Visit, track: Callable[..., Iterable[Any]]
 ) -> None:

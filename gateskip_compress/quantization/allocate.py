@@ -1,12 +1,11 @@
 """Which projection gets how many bits, under a mean: by how much rounding moves the loss, and the weights it has."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..model import watch_gradients
 from ..step import Context
 from .groups import BITS, GroupWeight, dequantize
 
@@ -80,35 +79,8 @@ def _costs(
             costs[name, bits] += float(((gradient * error).sum(-1) ** 2).sum())
 
     windows = context.calibration[: max(1, MEASURED_TOKENS // context.calibration.shape[1])]
-    with torch.enable_grad(), _gradients(model, found, see):
+    with watch_gradients(model, found, see):
         for window in context.track(list(windows), "measure bits"):
             ids = window[None].to(model.device)
             model(ids, labels=ids, use_cache=False).loss.backward()
     return costs
-
-
-@contextmanager
-def _gradients(
-    model: PreTrainedModel, found: dict[str, nn.Linear], see: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Hand every projection's input, and the loss's gradient at its output, to `see` inside the `with`."""
-    embedding = model.get_input_embeddings()
-    handles = [embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)  # gradients of the stream are enough
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def seen(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            x = args[0].detach()
-            out.register_hook(lambda gradient: see(name, x, gradient))
-
-        return seen
-
-    handles += [model.get_submodule(name).register_forward_hook(hook(name)) for name in found]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in learning:
-            parameter.requires_grad_(True)

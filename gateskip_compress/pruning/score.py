@@ -1,0 +1,269 @@
+"""What branches would lose, unit by unit: by the loss's curvature, activations, magnitudes, gates or a try.
+
+    second_order   of a branch's output y = W x the loss is quadratic with the Kronecker-factored Fisher matrix
+                   E g gᵀ ⊗ E x xᵀ, g the loss's gradient at y; units go by backward elimination, what is left
+                   refitted each time, see `elimination.py`. In nats a token, and so the same for all branches
+    activation     E |W_j x_j|² of each input j: what zeroing it changes (Wanda's product, arXiv 2306.11695, by columns)
+    magnitude      sum of squares of the weights that a unit takes along; the usual baseline
+    influence      1 - cos of the stream before and after the whole branch (ShortGPT, arXiv 2403.03853)
+    perplexity     log perplexity with the whole branch left out, less without (BlockPruner, arXiv 2406.10594)
+    gates          what a fitted gate predicts that skipping the branch loses, over all tokens
+
+The stream of a first token, the attention sink, is up to a hundred times as long as others', and a few channels make
+it so; losing them ruins every later token. So in `second_order`, x is divided by the length of the stream that it is
+added to, g multiplied by it, which the next norm does anyway, and a window's first token counts as much as all others.
+
+Activations and magnitudes compare units of one branch; between branches only their shares of it can be compared.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..elimination import eliminate
+from ..gating.calibrate import everywhere, observe
+from ..gating.dial import RUN_ALL, dial_of
+from ..macs import branch_costs
+from ..model import (
+    BRANCH_KINDS,
+    blocks,
+    branch_width,
+    branches,
+    linears,
+    out_projection,
+    rows_of,
+    watch,
+    watch_gradients,
+)
+from ..precision import exact_products
+from ..step import Context
+from ..text import fingerprint
+from .cut import Curve, Key, Scores
+from .influence import influence
+from .moments import damped, weighed
+
+By = Literal["second_order", "activation", "magnitude", "influence", "perplexity", "gates"]
+SCORING_TOKENS: dict[By, int] = {
+    "second_order": 65536,
+    "activation": 16384,
+    "magnitude": 0,
+    "influence": 4096,
+    "perplexity": 1024,
+    "gates": 1024,
+}
+"""Of the calibration text, at most."""
+_TOGETHER = 1 / 16
+"""Share of the channels left that go at a time."""
+
+
+def cached_scores(model: PreTrainedModel, by: By, context: Context) -> Scores:
+    """Scores, out of the context's cache folder where the same model was scored by the same text before.
+
+    The file is `scores-<by>-<hash>.json`, by the model's weights and the text.
+    """
+    if context.cache is None:
+        return score(model, by, context)
+    text = hashlib.sha256(context.calibration.numpy().tobytes()).hexdigest()[:16]
+    path = context.cache / f"scores-{by}-{fingerprint(model)}-{text}.json"
+    if not path.is_file():
+        _write(path, score(model, by, context))
+    return _read(path)
+
+
+def score(model: PreTrainedModel, by: By, context: Context) -> Scores:
+    """Curves of all branches; of a branch that only goes as a whole, its end counts."""
+    windows = context.calibration[: max(1, SCORING_TOKENS[by] // context.calibration.shape[1])].to(model.device)
+    if by == "second_order":
+        return _second_order(model, windows, context)
+    if by in ("activation", "magnitude"):
+        return _alone(model, windows, by, context)
+    return {
+        key: Curve(tuple(range(units)), tuple(whole * (unit + 1) / units for unit in range(units)))
+        for key, whole in _whole(model, by, windows, context).items()
+        if (units := branch_width(model, *key).units)
+    }
+
+
+def present(model: PreTrainedModel) -> list[Key]:
+    """All branches that are there."""
+    keys = ((layer, kind) for layer in range(len(blocks(model))) for kind in BRANCH_KINDS)
+    return [key for key in keys if out_projection(model, *key) is not None]
+
+
+def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: Context) -> Scores:
+    """By the Fisher matrix; its labels are the text's own, which for text that the model wrote is no approximation."""
+    keys, names = present(model), {id(linear): name for name, linear in linears(model).items()}
+    at = {names[id(out_projection(model, *key))]: key for key in keys}
+    xx, gg = dict.fromkeys(keys, torch.zeros(())), dict.fromkeys(keys, torch.zeros(()))
+    lengths: dict[Key, Tensor] = {}
+
+    def see_stream(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
+        del x
+        lengths[layer, kind] = (residual + y).detach()[0].float().norm(dim=-1, keepdim=True)
+
+    def see(name: str, x: Tensor, gradient: Tensor) -> None:
+        key = at[name]
+        length = lengths[key]
+        inner, outer = weighed(x[0].float(), length), gradient[0].float()[1:] * length[1:]
+        with exact_products():
+            xx[key], gg[key] = xx[key] + inner.T @ inner, gg[key] + outer.T @ outer
+
+    with watch_gradients(model, at, see), watch(model, see_stream):
+        for window in context.track(list(windows), "score by curvature"):
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            F.cross_entropy(logits, window[1:], reduction="sum").backward()
+    found = {}
+    for key in context.track(keys, "eliminate"):
+        linear, width = out_projection(model, *key), branch_width(model, *key)
+        assert linear is not None
+        values, vectors = torch.linalg.eigh(gg.pop(key).double() / windows.numel())
+        root = (values.clamp_min(0) / 2).sqrt()[:, None] * vectors.T
+        gone = eliminate(
+            damped(xx.pop(key) / windows.numel(), windows.numel()),
+            root @ linear.weight.detach().double(),
+            group=width.inputs,
+            share=_TOGETHER,
+        )
+        found[key] = Curve(tuple(gone.order.tolist()), tuple(gone.lost.tolist()))
+    return found
+
+
+@torch.inference_mode()
+def _alone(model: PreTrainedModel, windows: Int[Tensor, "n t"], by: By, context: Context) -> Scores:
+    """By activations or magnitudes, each unit by itself."""
+    keys = present(model)
+    squares = dict.fromkeys(keys, torch.ones(()))
+    if by == "activation":
+        outs = {key: linear for key in keys if (linear := out_projection(model, *key)) is not None}
+        squares = {key: torch.zeros(linear.in_features, device=linear.weight.device) for key, linear in outs.items()}
+
+        def hook(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                squares[key] += args[0][:, 1:].float().square().sum((0, 1))
+
+            return see
+
+        handles = [linear.register_forward_pre_hook(hook(key)) for key, linear in outs.items()]
+        try:
+            for window in context.track(list(windows), "score by activations"):
+                model(window[None], use_cache=False, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+    found = {}
+    for key in keys:
+        linear, width = out_projection(model, *key), branch_width(model, *key)
+        assert linear is not None
+        lost = (linear.weight.float().square().sum(0) * squares[key]).view(width.units, -1).sum(1)
+        if by == "magnitude":
+            for projection, rows in rows_of(model, *key, range(width.units)):
+                lost = lost + projection.weight.float().square().sum(1)[rows].view(width.units, -1).sum(1)
+        order = lost.argsort()
+        shares = lost[order].double().cumsum(0) / lost.double().sum()
+        found[key] = Curve(tuple(order.tolist()), tuple(shares.tolist()))
+    return found
+
+
+@torch.inference_mode()
+def _whole(model: PreTrainedModel, by: By, windows: Int[Tensor, "n t"], context: Context) -> dict[Key, float]:
+    """Of branches as a whole."""
+    if by == "gates":
+        return gate_scores(model, windows)
+    if by == "influence":
+        return _branch_influence(model, windows)
+    before, keys = log_perplexity(model, windows), present(model)
+    found = {}
+    for layer, kind in context.track(keys, "leave out branches"):
+        with _left_out(model, layer, kind):
+            found[layer, kind] = log_perplexity(model, windows) - before
+    return found
+
+
+def _branch_influence(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> dict[Key, float]:
+    """Mean influence of each branch; first tokens are left out, as sinks."""
+    totals = dict.fromkeys(present(model), 0.0)
+
+    def see(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
+        del x
+        if (layer, kind) in totals:
+            before = residual[:, 1:].flatten(0, 1)
+            turned = influence(before, before + y[:, 1:].flatten(0, 1))
+            totals[layer, kind] += float(turned.mean()) / len(windows)
+
+    with watch(model, see):
+        for window in windows:
+            model(window[None], use_cache=False, logits_to_keep=1)
+    return totals
+
+
+@torch.inference_mode()
+def log_perplexity(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> float:
+    """Mean negative log-likelihood of the windows' tokens, in nats."""
+    losses = [
+        F.cross_entropy(model(window[None], use_cache=False).logits[0, :-1].float(), window[1:]) for window in windows
+    ]
+    return float(torch.stack(losses).mean())
+
+
+@torch.inference_mode()
+def gate_scores(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> dict[Key, float]:
+    """What gates predict that skipping each branch loses, its multiply-adds taken back out: mean of exp(2 score).
+
+    Branches without a gate of their own are not in it.
+
+    Raises:
+        ValueError: the gates are none of `effect`: what other kinds score is no loss.
+    """
+    if any(gate.kind not in ("effect", None) for block in blocks(model) for gate in dict(block.gates).values()):
+        raise ValueError("by 'gates' reads what `effect` gates predict: use kind='effect' in GateSkip")
+    costs, found = branch_costs(model, windows.shape[1]), {}
+    dial_of(model)
+    for decision in observe(model, windows, everywhere(model, RUN_ALL)):
+        key = decision.layer, decision.kind
+        gate = dict(blocks(model)[decision.layer].gates)[decision.kind]
+        if gate.kind == "effect":
+            saved = max(1, costs[key].kept - gate.replace_macs)
+            lost = float((2 * decision.movable.float()).exp().mean()) * saved
+            found[key] = found.get(key, 0.0) + lost / len(windows)
+    return found
+
+
+@contextmanager
+def _left_out(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
+    """A branch adds nothing inside the `with`."""
+    branch = branches(model)[BRANCH_KINDS.index(kind)]
+    last = getattr(blocks(model)[layer], branch.post or branch.body[-1])
+
+    def nothing(_module: nn.Module, _args: object, out: Tensor | tuple[Any, ...]) -> Any:
+        return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+
+    handle = last.register_forward_hook(nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _write(path: Path, scores: Scores) -> None:
+    content = [[*key, asdict(curve)] for key, curve in scores.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    fresh.write_text(json.dumps(content))
+    fresh.replace(path)
+
+
+def _read(path: Path) -> Scores:
+    return {
+        (layer, kind): Curve(tuple(curve["order"]), tuple(curve["lost"]))
+        for layer, kind, curve in json.loads(path.read_text())
+    }

@@ -1,0 +1,115 @@
+"""The Recover step: after any other, learn from the original model what that step lost.
+
+    loss = KL(original ‖ model)    per scored token, the model as it will run: gates at the budget it is set to
+
+`all` trains every weight; `lora` adapters of the blocks' projections, which are added to them in the end; `norms` only
+norms, biases, and what gates scale and replace branches by: little memory, and the only one that may follow Quantize,
+whose codes stay as they are. Fitted scores of gates are left alone, since training undoes the fit; their thresholds are
+found anew afterwards (`pipeline.apply`), since what they read has moved.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import add_adapters, merge_adapters
+from .errors import PipelineError
+from .gating.gate import Gate
+from .losses import kl_divergence
+from .names import check_choice
+from .quantization.linear import QuantizedLinear, unpacked
+from .step import Context, Record, Stage
+from .text import Passage
+from .training import Batch, scored_logits, train
+
+What = Literal["lora", "norms", "all"]
+RATES: dict[What, float] = {"lora": 1e-3, "norms": 1e-3, "all": 2e-4}
+"""Learning rates where none is given."""
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Distil the model from the original, in place, for a number of tokens.
+
+    Args:
+        tokens: Of text, in all; every passage counts whole.
+        what: `lora`, `norms` or `all`.
+        batch: Passages a step, on each process.
+        rate: Learning rate; None is that of `RATES`.
+
+    Raises:
+        ValueError: A field is out of its range.
+        PipelineError: There is no original to learn from, or weights are quantized and `what` is not `norms`.
+        TrainingError: The loss is not finite.
+    """
+
+    name: ClassVar[str] = "recover"
+    stage: ClassVar[Stage] = Stage.RECOVER
+
+    tokens: int = 200_000
+    what: What = "lora"
+    batch: int = 4
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("what", self.what, get_args(What))
+        for field, value in (("tokens", self.tokens), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{field} {value} must be at least 1")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"rate {self.rate} must be above 0")
+
+    def apply(self, model: PreTrainedModel, context: Context) -> Record:
+        """Train in place; the record has the curve of the loss."""
+        original = context.original
+        if original is None:
+            raise PipelineError("Recover needs the original model: run it in a Pipeline, or give Context(original=...)")
+        if self.what != "norms" and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise PipelineError(f"weights of few bits cannot be trained: use what='norms' instead of {self.what!r}")
+        passages = context.passages or [Passage.whole(window) for window in context.calibration]
+        accelerator = Accelerator(cpu=model.device.type == "cpu")
+        whole = self.batch * accelerator.num_processes * sum(len(passage.ids) for passage in passages) / len(passages)
+
+        def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
+            del step
+            with torch.no_grad():
+                reference = scored_logits(original, batch)
+            logits = scored_logits(model, batch)
+            return kl_divergence(reference, logits).sum(), len(logits)
+
+        if self.what == "lora":
+            add_adapters(model, context.seed)
+        try:
+            with unpacked(model):
+                record = train(
+                    [(self._trained(model), self.rate or RATES[self.what])],
+                    loss,
+                    passages,
+                    steps=max(1, round(self.tokens / whole)),
+                    batch=self.batch,
+                    context=context,
+                    accelerator=accelerator,
+                    description="recover",
+                )
+        finally:
+            if self.what == "lora":
+                merge_adapters(model)
+        return record
+
+    def rebuild(self, model: PreTrainedModel, record: Record) -> None:
+        """Nothing: only weights changed."""
+
+    def _trained(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """What learns."""
+        gates = [module for module in model.modules() if isinstance(module, Gate)]
+        scores = {p for gate in gates for name, p in gate.named_parameters() if name.startswith("score_")}
+        if self.what == "lora":
+            return [p for name, p in model.named_parameters() if ".lora_" in name]
+        if self.what == "all":
+            return [p for p in model.parameters() if p not in scores]
+        of_gates = {p for gate in gates for p in gate.parameters()}
+        return [p for p in model.parameters() if (p.ndim == 1 or p in of_gates) and p not in scores]
