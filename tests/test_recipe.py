@@ -33,7 +33,7 @@ def test_overrides():
         (("evaluation:", "evalution:"), "unknown key 'evalution', did you mean 'evaluation'"),
         (("window_tokens: 512", "window_token: 512"), "did you mean 'window_tokens'"),
         (("bits: 4", "bits: 5"), r"quantize\.bits = 5"),
-        (("draft_budget: 0.7", "draft_budget: 0.95"), "lower draft_budget"),
+        (("draft_tokens: 8", "draft_budget: 0.95"), "lower draft_budget"),
         (("budget: 0.9", "budget: much"), r"gateskip\.budget = 'much'"),
         (("steps:", "steps: ["), "is not YAML"),
     ],
