@@ -1,6 +1,6 @@
 """The kernels that a compressed model spends its time in, by pytest-benchmark; not part of the tests.
 
-    python -m pytest -o addopts= benchmarks/kernels.py --benchmark-autosave
+    python -m pytest -o addopts= benchmarks/kernel_speed.py --benchmark-autosave
 
 Timed: one call on tensors of SmolLM2's and of a larger model's size, after a warm-up. The plain matrix product beside
 them is what a kernel has to beat, or to come close to. Not timed: loading, a whole model.
