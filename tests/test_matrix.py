@@ -102,9 +102,9 @@ def test_numbers_of_speculation_are_those_of_its_gates(place, report):
     whole = cells["gateskip + self_speculation"]
     assert 0.8 < whole["values"]["macs_share"] < 1
     assert 0 <= whole["values"]["accepted_share"] <= 1
-    one, two = whole["speed"]["sizes"]
-    assert len(one["decode_s"]) == len(one["original_decode_s"]) == TIMING["runs"]
-    assert "one sequence at a time" in two["refused"]  # a batch of two
+    for size, batch in zip(whole["speed"]["sizes"], TIMING["batches"], strict=True):
+        assert size["batch"] == batch
+        assert len(size["decode_s"]) == len(size["original_decode_s"]) == TIMING["runs"]
     assert [step["step"] for step in whole["quality"]["compression"]["steps"]] == ["gateskip", "self_speculation"]
     assert whole["quality"]["environment"]["threads"] == 1
     assert [list(step) for step in whole["quality"]["steps"]] == [["gateskip"], ["self_speculation"]]

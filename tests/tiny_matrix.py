@@ -13,7 +13,7 @@ PARTS = {
     "prune": {"light": {"blocks": 1}},
     "gateskip": {"light": {"budget": 0.9, "rank": 4}},
     "quantize": {"light": {"bits": 4, "group_size": 32}},
-    "self_speculation": {"light": {"draft_budget": 0.7, "draft_tokens": 2}},
+    "self_speculation": {"light": {"draft_budget": 0.7, "draft_tokens": 2, "adapt": False}},
 }
 TIMING = {"prompt_tokens": [8], "batches": [1, 2], "new_tokens": 3, "runs": 2}
 
