@@ -476,7 +476,7 @@ def _session(model: Any, runtime: str, context_tokens: int, *, unpack: bool, spe
         dial_of(model)  # raises where nothing could draft
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
-    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, lambda text: problems.print(text))  # pyright: ignore[reportArgumentType]
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, problems.print)
 
 
 def _turned(model: Any, share: float | None) -> Any:

