@@ -280,6 +280,9 @@ def test_arguments_out_of_range_are_refused(settings, message):
         lower(tiny(), **settings)
 
 
+UNEVEN = g.Prune(share=0.12, cut="attention", shape="uneven", by="magnitude", multiple=16)
+
+
 class Otherwise(GatedBlock):
     def decide(self, *given):  # noqa: ARG002
         raise AssertionError
@@ -300,8 +303,10 @@ def skipping_otherwise(model):
         (lambda: compress(tiny(), g.Quantize(solver="nf4")), "NF4 and FP4 weights are no integers"),
         (lambda: skipping_otherwise(tiny()), "decides in another way than by its gates"),
         (lambda: tiny(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type 'dynamic'"),
+        (lambda: compress(tiny(), g.Prune(share=0.3, cut="branches", by="influence")), "has no attention or no MLP"),
+        (lambda: compress(tiny(), UNEVEN), "features, those of block 0"),
     ],
-    ids=["family", "window", "activation", "gate", "levels", "baseline", "rope"],
+    ids=["family", "window", "activation", "gate", "levels", "baseline", "rope", "no branch", "uneven heads"],
 )
 def test_models_that_it_does_not_know_are_refused_and_run_on_torch(make, message):
     model, told = make(), []
@@ -311,6 +316,14 @@ def test_models_that_it_does_not_know_are_refused_and_run_on_torch(make, message
     assert choose_runtime(model, "auto", 64, told.append) is None
     assert len(told) == 1
     assert "running on torch: " in told[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_and_an_embedding_of_few_bits_keep_their_codes(tied):
+    few = g.Quantize(solver="nearest", clip=False, bits_of={"embed|head": 8})
+    model, ids = compress(tiny(tie_word_embeddings=tied), few), tokens(1, 16)[0]
+    found = logits_of(lower(model, **{**EXACT, "head": "int8"}), ids).logits
+    torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=2e-3)
 
 
 def test_a_window_that_the_context_does_not_reach_makes_no_difference():

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..gating.block import GatedBlock
-from ..model import blocks, family_of
+from ..model import NoMlp, blocks, family_of
 from ..names import check_choice
 from .extension import extension
-from .pack import Floats, Head, Packer, table, vector, vocabulary
+from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary
 from .session import Session
 
 Half = Literal["f16", "f32"]
@@ -73,7 +73,8 @@ def lower(
     output = pack.head(model.get_output_embeddings(), head)
     cos, sin = _rope(model, context_tokens)
     shape.rotated = cos.shape[1]
-    exact = table(model.get_output_embeddings()) if head == "int8" else None
+    rounded = head == "int8" and not is_coded(model.get_output_embeddings())
+    exact = table(model.get_output_embeddings()) if rounded else None
     built = native.Model(shape, pack.kernels, _checked_threads(threads))
     norm = model.model.norm.weight
     embedding = table(model.get_input_embeddings())
@@ -97,6 +98,7 @@ def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
             f"rope_type {kind!r} turns positions by the length of the text; the native runtime knows those that do "
             f"not: {', '.join(_FIXED_ROPES)}"
         )
+    _check_blocks(model)
     for index, block in enumerate(blocks(model)):
         window = _window(config, block)
         if window is not None and window < context_tokens:
@@ -113,6 +115,21 @@ def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
             raise UnsupportedModel(
                 f"block {index} has a {scaling[0]!r} gate, which scales; the native runtime runs gates of kind 'effect'"
             )
+
+
+def _check_blocks(model: PreTrainedModel) -> None:
+    """Refuse blocks that pruning left without a branch, or with other heads than their neighbours have."""
+    parts: list[Any] = list(blocks(model))
+    for index, block in enumerate(parts):
+        if isinstance(block.mlp, NoMlp) or isinstance(block.self_attn, NoMlp):
+            raise UnsupportedModel(f"block {index} has no attention or no MLP; the native runtime knows whole blocks")
+    heads = [(block.self_attn.q_proj.out_features, block.self_attn.k_proj.out_features) for block in parts]
+    odd = next((index for index, found in enumerate(heads) if found != heads[0]), None)
+    if odd is not None:
+        raise UnsupportedModel(
+            f"queries and keys of block {odd} have {heads[odd]} features, those of block 0 {heads[0]}; the native "
+            "runtime knows blocks that are alike in this: prune attention with shape='uniform'"
+        )
 
 
 def _window(config: Any, block: nn.Module) -> int | None:

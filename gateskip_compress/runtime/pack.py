@@ -22,6 +22,11 @@ _SLICE_ROWS = 8192
 """Of the head, quantized at a time: vocabularies are long."""
 
 
+def is_coded(head: nn.Module) -> bool:
+    """Whether an output head is quantized already, to integers."""
+    return isinstance(head, QuantizedLinear) and head.levels is None
+
+
 @dataclass
 class Packer:
     """Packs matrices for one set of kernels.
@@ -93,7 +98,9 @@ class Packer:
         raise UnsupportedModel(f"the native runtime knows linear and quantized layers, not {type(module).__name__}")
 
     def head(self, module: nn.Module, form: Head) -> Any:
-        """The output head."""
+        """The output head; where it has codes of its own, these."""
+        if form == "int8" and is_coded(module):
+            return self.matrix(module)
         weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType]
         bias = getattr(module, "bias", None)
         if form != "int8":
