@@ -112,7 +112,7 @@ def _choose_channels(model: PreTrainedModel, gates: Gates, windows: Int[Tensor, 
     _watch(model, windows, see_channels, context, "choose channels")
     for layer, mlp in context.track(wide.items(), "eliminate channels"):
         surrogate = gates[layer, "mlp"].narrow
-        best = backward_elimination(grams.pop(layer), mlp.down.float(), surrogate.down.in_features, RIDGE)
+        best = backward_elimination(grams.pop(layer), mlp.down.detach().float(), surrogate.down.in_features, RIDGE)
         surrogate.gate.weight.data.copy_(mlp.gate[best])
         surrogate.up.weight.data.copy_(mlp.up[best])
 
