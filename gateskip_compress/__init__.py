@@ -5,6 +5,7 @@ from .errors import CalibrationError as CalibrationError
 from .errors import CheckpointError as CheckpointError
 from .errors import GateSkipError as GateSkipError
 from .errors import PipelineError as PipelineError
+from .errors import RuntimeUnavailable as RuntimeUnavailable
 from .errors import TrainingError as TrainingError
 from .errors import UnsupportedModel as UnsupportedModel
 from .evaluate import evaluate as evaluate

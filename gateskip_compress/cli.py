@@ -54,11 +54,13 @@ def run(
         table.add_row(*row.cells)
     console.print(table)
     first, last = report["stages"][0], report["stages"][-1]
+    pace = last["decode_tokens_per_s"] / first["decode_tokens_per_s"]
+    faster, slower = (f", decoding {pace:.2f} × as fast", "") if pace >= 1 else ("", f", decoding {pace:.2f} × as fast")
     console.print(
         f"Gained: disk {first['disk_bytes'] / last['disk_bytes']:.1f} × smaller, "
-        f"{1 - last['macs_share']:.0%} of the multiply-adds saved."
+        f"{1 - last['macs_share']:.0%} of the multiply-adds saved{faster}."
     )
-    console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}.")
+    console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}{slower}.")
     console.print(f"Model: {out / 'model'}\nReport: {out / 'report.html'}, report.md, report.json", soft_wrap=True)
 
 

