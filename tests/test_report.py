@@ -387,5 +387,6 @@ def test_a_picture_of_nothing_says_so(report):
 
 
 def test_templates_come_with_the_package():
-    names = {path.name for path in Path(render.__file__).parent.glob("*.j2")}
-    assert names == {"report.html.j2", "report.md.j2", "insight.html.j2", "style.css.j2"}
+    names = {path.name for path in Path(render.__file__).parent.glob("*.j*")}
+    pages = {f"{name}.{kind}.j2" for name in ("report", "matrix") for kind in ("html", "md")}
+    assert names == {*pages, "insight.html.j2", "style.css.j2", "matrix.js"}

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from beartype import BeartypeConf, beartype
 
-HOT = ("gateskip_compress.gating.block", "gateskip_compress.gating.gate", "gateskip_compress.model.attention")
+HOT = (
+    "gateskip_compress.gating.block",
+    "gateskip_compress.gating.dial",
+    "gateskip_compress.gating.gate",
+    "gateskip_compress.model.attention",
+)
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 

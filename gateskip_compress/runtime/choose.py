@@ -5,7 +5,9 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import RuntimeUnavailable, UnsupportedModel
 from ..measure import Speed, peak_bytes
@@ -44,11 +46,26 @@ def choose_runtime(
         return None
 
 
+class _Times(BaseStreamer):
+    """Keeps when what was put came."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """The prompt, then tokens."""
+        del value
+        self.seen.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing."""
+
+
 def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, runs: int, speculate: bool) -> Speed:
-    """What `measure_speed` measures, of a session: a pass over the prompt, and decoding after it.
+    """What `measure_speed` measures, of a session: a pass over the prompt, and tokens after the first one.
 
     Args:
-        session: At the budget that its model is set to.
+        session: At the budget that its model is set to; its context holds the prompt, the tokens and one more.
         prompt_tokens: Of a seeded random prompt.
         new_tokens: To decode.
         runs: Timed repetitions, after a warm-up.
@@ -68,16 +85,15 @@ def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, ru
         return perf_counter() - began
 
     def decode(tokens: int) -> float:
-        began = perf_counter()
-        session.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, **settings)
-        return perf_counter() - began
+        times = _Times()
+        session.generate(prompt, streamer=times, min_new_tokens=tokens + 1, max_new_tokens=tokens + 1, **settings)
+        return times.seen[-1] - times.seen[1]  # the prompt is put first, and the first token comes with it
 
     prefill()
     prefill_s = [prefill() for _ in range(runs)]
     decode(min(4, new_tokens))
     acceptance.clear()
-    # the prompt's part is taken off: a session has no call that starts from a filled cache
-    decode_s = [decode(new_tokens) - prefill() for _ in range(runs)]
+    decode_s = [decode(new_tokens) for _ in range(runs)]
     return Speed(
         prefill_tokens_per_s=prompt_tokens / median(prefill_s),
         decode_tokens_per_s=new_tokens / median(decode_s),
