@@ -21,7 +21,7 @@ def cluster(address: str, threads: int, collect: Callable[[Any], Any]) -> Iterat
         GateSkipError: ray is not installed, or there is no cluster at the address.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports] an extra
     except ImportError:
         raise GateSkipError("--ray needs ray: pip install 'gateskip-compress[ray]'") from None
     try:
