@@ -13,7 +13,6 @@ them; quality is measured at that budget.
 import argparse
 import json
 import os
-import resource
 import tempfile
 import threading
 import time
@@ -29,7 +28,7 @@ from transformers import PreTrainedModel
 
 import gateskip_compress as g
 from gateskip_compress.formats.read import read_gptq
-from gateskip_compress.measure import environment
+from gateskip_compress.measure import environment, held_bytes
 from gateskip_compress.precision import quick_products
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context
@@ -42,6 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
     "GPTQ, ordered": dict(clip=False),
     "GPTQ, ordered, clipped": dict(),
 }
+_CPU = torch.device("cpu")
 MIXED = {"3.5 bits by measure": dict(mean_bits=3.5), "3 bits": dict(bits=3)}
 
 
@@ -125,11 +125,11 @@ def theirs(
 
 def measured(call: Callable[[], object]) -> tuple[float, int]:
     """Seconds, and the most bytes that the process held over what it held before, looked at 20 times a second."""
-    before, most, done = resident(), [0], threading.Event()
+    before, most, done = held_bytes(_CPU), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
-            most[0] = max(most[0], resident() - before)
+            most[0] = max(most[0], held_bytes(_CPU) - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -141,11 +141,6 @@ def measured(call: Callable[[], object]) -> tuple[float, int]:
         done.set()
         watcher.join()
     return seconds, most[0]
-
-
-def resident() -> int:
-    """Bytes that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Rows:

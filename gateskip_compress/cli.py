@@ -44,7 +44,7 @@ def run(
     from .run import run_recipe
 
     checked = read_recipe(recipe, overrides)
-    command = shlex.join(["gateskip", "run", str(recipe), "--out", str(out), *(f"--set={o}" for o in overrides or [])])
+    command = _command("run", recipe, {"--out": str(out)}, None, overrides)
     with _progress(console) as track:
         report = run_recipe(checked, out, command=command, track=track)
     table = Table(title=f"{checked.model}: {len(report['stages']) - 1} steps")
@@ -54,13 +54,14 @@ def run(
         table.add_row(*row.cells)
     console.print(table)
     first, last = report["stages"][0], report["stages"][-1]
+    gained = [
+        f"disk {first['disk_bytes'] / last['disk_bytes']:.1f} × smaller",
+        f"{1 - last['macs_share']:.0%} of the multiply-adds saved",
+    ]
+    lost = [f"perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}"]
     pace = last["decode_tokens_per_s"] / first["decode_tokens_per_s"]
-    faster, slower = (f", decoding {pace:.2f} × as fast", "") if pace >= 1 else ("", f", decoding {pace:.2f} × as fast")
-    console.print(
-        f"Gained: disk {first['disk_bytes'] / last['disk_bytes']:.1f} × smaller, "
-        f"{1 - last['macs_share']:.0%} of the multiply-adds saved{faster}."
-    )
-    console.print(f"Lost: perplexity {first['perplexity']:.2f} → {last['perplexity']:.2f}{slower}.")
+    (gained if pace >= 1 else lost).append(f"decoding {pace:.2f} × as fast")
+    console.print(f"Gained: {', '.join(gained)}.\nLost: {', '.join(lost)}.")
     console.print(f"Model: {out / 'model'}\nReport: {out / 'report.html'}, report.md, report.json", soft_wrap=True)
 
 
@@ -411,11 +412,11 @@ def search(
 
 
 def _command(
-    name: str, spec: Path, told: dict[str, str | None], goals: list[str] | None, overrides: list[str] | None
+    name: str, file: Path, told: dict[str, str | None], goals: list[str] | None, overrides: list[str] | None
 ) -> str:
     given = [word for flag, value in told.items() if value is not None for word in (flag, value)]
     more = [*(f"--goal={goal}" for goal in goals or []), *(f"--set={one}" for one in overrides or [])]
-    return shlex.join(["gateskip", name, str(spec), *given, *more])
+    return shlex.join(["gateskip", name, str(file), *given, *more])
 
 
 def _tell(report: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -1,5 +1,6 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,3 +24,13 @@ def written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file beside, then in one move put it in place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

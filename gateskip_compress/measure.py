@@ -1,5 +1,6 @@
 """Seconds and bytes of one model: prefill and decode speed, peak memory, size on disk; and what machine it was."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -33,6 +34,26 @@ class Speed:
     peak_bytes: int
     accepted_share: float | None
     tokens_per_verify: float | None
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Int[Tensor, "1 t"],
+        new_tokens: int,
+        prefill_s: list[float],
+        decode_s: list[float],
+        acceptance: Acceptance,
+    ) -> "Speed":
+        """Samples summed up, with the peak memory by now."""
+        return cls(
+            prefill_tokens_per_s=prompt.shape[1] / median(prefill_s),
+            decode_tokens_per_s=new_tokens / median(decode_s),
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            peak_bytes=peak_bytes(prompt.device),
+            accepted_share=acceptance.accepted_share,
+            tokens_per_verify=acceptance.tokens_per_verify,
+        )
 
 
 @dataclass
@@ -94,21 +115,17 @@ def measure_speed(
         runs: Timed repetitions.
         speculate: Decode self-speculatively.
     """
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.get_text_config().vocab_size, (1, prompt_tokens), generator=generator)
-    watch = Stopwatch(model, prompt.to(model.device), new_tokens, speculate)
+    prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens).to(model.device)
+    watch = Stopwatch(model, prompt, new_tokens, speculate)
     watch.warm_up()
     prefill_s = [watch.prefill() for _ in range(runs)]
     decode_s = [watch.decode() for _ in range(runs)]
-    return Speed(
-        prefill_tokens_per_s=prompt_tokens / median(prefill_s),
-        decode_tokens_per_s=new_tokens / median(decode_s),
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        peak_bytes=peak_bytes(model.device),
-        accepted_share=watch.acceptance.accepted_share,
-        tokens_per_verify=watch.acceptance.tokens_per_verify,
-    )
+    return Speed.of(prompt, new_tokens, prefill_s, decode_s, watch.acceptance)
+
+
+def random_prompt(vocabulary: int, tokens: int) -> Int[Tensor, "1 t"]:
+    """Seeded ids, the same at every call."""
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -187,6 +204,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

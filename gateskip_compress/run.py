@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import Manifest
 from .errors import GateSkipError, PipelineError, RuntimeUnavailable, UnsupportedModel
 from .evaluate import Quality, evaluate
+from .folders import write_whole
 from .gating.dial import budget, dial_of, is_gated
 from .macs import macs_per_token
 from .measure import disk_bytes, environment
@@ -211,9 +212,7 @@ def _stage(
         "disk_bytes": disk_bytes(folder),
         "record": _manifest(model).steps[-1]["record"] if step else {},
     }
-    partial = folder / "stage.partial"
-    partial.write_text(json.dumps(stage, indent=1))
-    partial.replace(folder / "stage.json")
+    write_whole(folder / "stage.json", json.dumps(stage, indent=1))
     return stage
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError
+from .folders import write_whole
 from .track import untracked
 
 SELF = "self"
@@ -230,9 +231,7 @@ def self_written(
     result = torch.cat(written, dim=1)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        fresh.write_text(json.dumps(result.tolist()))
-        fresh.replace(path)
+        write_whole(path, json.dumps(result.tolist()))
     return result
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint import manifest_of
@@ -81,15 +81,14 @@ def export(model: PreTrainedModel, folder: str | os.PathLike[str], form: str, *,
     return lost
 
 
-def _tables(model: PreTrainedModel) -> list[nn.Module]:
-    """Embedding and head."""
-    return [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-
-
 def _plain(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:
     """Every tensor that is neither a gate's nor a layer's; of tied ones the first; embedding and head as floats."""
-    tables = {name: module for name, module in model.named_modules() if module in _tables(model)}
-    quantized = {n: t for n, t in tables.items() if isinstance(t, QuantizedEmbedding | QuantizedLinear)}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    quantized = {
+        name: module
+        for name, module in model.named_modules()
+        if module in tables and isinstance(module, QuantizedEmbedding | QuantizedLinear)
+    }
     found, seen = {}, set()
     for name, tensor in model.state_dict().items():
         inside = any(name.startswith(f"{part}.") for part in (*layers, *quantized)) and not name.endswith(".bias")

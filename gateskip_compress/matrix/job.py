@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, GateSkipError
 from ..evaluate import sample
+from ..folders import write_whole
 from ..gating.dial import budget
 from ..macs import macs_per_token
 from ..measure import disk_bytes, environment, peak_bytes
 from ..pipeline import apply, start
 from ..quantization.linear import unpacked
-from ..report.render import write_whole
 from ..run import COUNTED_PASSAGES, calibration_text, evaluation_text, training_text
 from ..source import load
 from ..step import Context, Stage

@@ -5,7 +5,6 @@ tried again by the next run, what was refused is not.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -19,8 +18,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import GateSkipError, PipelineError
+from ..folders import write_whole
+from ..measure import cores
 from ..report.matrix import write_matrix
-from ..report.render import write_whole
 from ..text import SELF, passages
 from ..track import untracked
 from .cells import Cell, Node, list_cells, nodes_of, quality_settings, timing_settings
@@ -103,11 +103,6 @@ def report_matrix(out: Path, goals: Sequence[str] = ()) -> dict[str, Any]:
     report = derive(spec, list_cells(spec), read_rows(out), spec.parsed_goals(list(goals)), saved["command"])
     write_matrix(report, out)
     return report
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateSkipError, PipelineError
-from ..report.render import write_whole
+from ..folders import write_whole
 from ..track import untracked
 from ..transforms import transform_named
 from .cells import digest, list_cells

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError
-from ..report.render import write_whole
+from ..folders import write_whole
 from .cells import FORMAT, Cell
 
 Row = dict[str, Any]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..elimination import eliminate
+from ..folders import write_whole
 from ..gating.calibrate import everywhere, observe
 from ..gating.dial import RUN_ALL, dial_of
 from ..macs import branch_costs
@@ -257,9 +258,7 @@ def _left_out(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
 def _write(path: Path, scores: Scores) -> None:
     content = [[*key, asdict(curve)] for key, curve in scores.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".partial")
-    fresh.write_text(json.dumps(content))
-    fresh.replace(path)
+    write_whole(path, json.dumps(content))
 
 
 def _read(path: Path) -> Scores:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .render import templates, write_whole
+from ..folders import write_whole
+from .render import templates
 
 _LEVELS = 3
 

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from .render import UNKNOWN, mega, number, templates, write_whole
+from ..folders import write_whole
+from .render import UNKNOWN, mega, number, templates
 from .scatter import color_of, scatter, standalone
 
 _EXACT = {"perplexity_ratio": 3, "decode_speedup": 2, "prefill_speedup": 2, "stacking_efficiency": 2}

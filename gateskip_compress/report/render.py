@@ -6,7 +6,6 @@ never as 0. Left out: comparing several runs.
 
 import json
 import math
-import os
 import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from ..folders import write_whole
 from .picture import CURVE, INK, STAGE, draw
 
 UNKNOWN = "\N{EN DASH}"
@@ -204,13 +204,3 @@ def _finite(value: Any, where: str, lost: list[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item, f"{where}[{i}]", lost) for i, item in enumerate(value)]
     return value
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file beside, then in one move put it in place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

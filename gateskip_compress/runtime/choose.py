@@ -1,7 +1,6 @@
 """Native or torch: which of them runs a model, and speeds of the native one."""
 
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import RuntimeUnavailable, UnsupportedModel
-from ..measure import Speed, peak_bytes
+from ..measure import Speed, random_prompt
 from ..names import check_choice
 from ..speculation.acceptance import Acceptance
 from .lower import lower
@@ -71,9 +70,7 @@ def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, ru
         runs: Timed repetitions, after a warm-up.
         speculate: Decode speculatively.
     """
-    generator = torch.Generator().manual_seed(0)
-    size = session.model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(size, (1, prompt_tokens), generator=generator)
+    prompt = random_prompt(session.model.config.get_text_config().vocab_size, prompt_tokens)
     acceptance = Acceptance()
     settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     if speculate:
@@ -94,12 +91,4 @@ def measure_session(session: Session, prompt_tokens: int, new_tokens: int, *, ru
     decode(min(4, new_tokens))
     acceptance.clear()
     decode_s = [decode(new_tokens) for _ in range(runs)]
-    return Speed(
-        prefill_tokens_per_s=prompt_tokens / median(prefill_s),
-        decode_tokens_per_s=new_tokens / median(decode_s),
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        peak_bytes=peak_bytes(session.model.device),
-        accepted_share=acceptance.accepted_share,
-        tokens_per_verify=acceptance.tokens_per_verify,
-    )
+    return Speed.of(prompt, new_tokens, prefill_s, decode_s, acceptance)

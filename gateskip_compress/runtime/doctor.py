@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import RuntimeUnavailable
-from ..measure import device_name
+from ..measure import cores, device_name
 from .extension import extension
-from .lower import cores
 
 _READ_MEGABYTES = 256
 """Beyond the last-level cache of most machines."""

@@ -6,7 +6,6 @@ otherwise. Left out: gates that scale (all kinds but `effect`), NF4 and FP4 weig
 the length of the text, windows narrower than the context.
 """
 
-import os
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,10 +15,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..gating.block import GatedBlock
+from ..measure import cores
 from ..model import NoMlp, blocks, family_of
 from ..names import check_choice
 from .extension import extension
-from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary
+from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary_size
 from .session import Session
 
 Half = Literal["f16", "f32"]
@@ -148,7 +148,7 @@ def _shape(shape: Any, model: PreTrainedModel, context_tokens: int, rows: int) -
     shape.width, shape.head_dim = config.hidden_size, attention.head_dim
     shape.heads = attention.q_proj.out_features // attention.head_dim
     shape.kv_heads = attention.k_proj.out_features // attention.head_dim
-    shape.vocabulary = vocabulary(model)
+    shape.vocabulary = vocabulary_size(model)
     shape.eps, shape.scale = config.rms_norm_eps, attention.scaling
     shape.context, shape.rows = context_tokens, rows
     return shape
@@ -163,11 +163,6 @@ def _fitting(native: Any, asked: str | None, head_dim: int) -> str:
     if not fitting:
         raise UnsupportedModel(f"head width {head_dim} is no multiple of what kernels {asked or 'here'} take at once")
     return fitting[0]
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -148,7 +148,7 @@ def vector(parameter: Tensor) -> list[float]:
     return parameter.detach().float().flatten().tolist()
 
 
-def vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens the output head knows."""
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens the output head knows; its weight, which may have to be dequantized, is not looked at."""
     head: Any = model.get_output_embeddings()
-    return head.weight.shape[0]
+    return head.out_features

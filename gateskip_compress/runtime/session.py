@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..gating.dial import dial_of, is_gated
 from ..speculation.acceptance import Acceptance
 from .extension import extension
-from .pack import vocabulary
+from .pack import vocabulary_size
 from .speculate import Speculator
 
 
@@ -166,7 +166,7 @@ class Session:
                 f"{ids.shape[1]} prompt and {config.max_length - ids.shape[1]} new tokens do not fit into a cache of "
                 f"{self.context_tokens}: lower(model, context_tokens={config.max_length})"
             )
-        size = vocabulary(self.model)
+        size = vocabulary_size(self.model)
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
             raise ValueError(f"token id {int(outside[0])} is out of range: the vocabulary has {size} entries")
