@@ -17,7 +17,7 @@ from gateskip_compress.gating.fit import RIDGE
 from gateskip_compress.gating.gate import KINDS, Gate
 from gateskip_compress.losses import gate_kl, gate_l1, gate_l2
 from gateskip_compress.macs import ungated_macs_per_token
-from gateskip_compress.model import blocks
+from gateskip_compress.model import FAMILIES, blocks, entering, resumed
 from gateskip_compress.precision import quick_products
 from gateskip_compress.transforms import build
 
@@ -191,6 +191,19 @@ def test_uniform_keeps_the_same_share_in_every_branch():
     assert max(means) - min(means) < 0.12
     found = observe(stirred(), CALIBRATION, None)
     assert len({round(d.keep.float().mean().item(), 1) for d in found}) > 3  # one threshold does not
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_pass_resumed_at_any_block_is_the_whole_pass(family):
+    model, ids = tiny(family), tokens(1, 9)
+    with torch.no_grad():
+        with entering(model) as streams:
+            whole = model(ids, use_cache=False).logits
+        for index in range(len(blocks(model))):
+            with resumed(model, index, streams[index][0]):
+                changed = model(ids.flip(1), use_cache=False).logits  # what would enter the first block counts no more
+            torch.testing.assert_close(changed, whole, rtol=0, atol=0)
+        assert not torch.equal(model(ids.flip(1), use_cache=False).logits, whole)
 
 
 def test_sensitivity_shifts_scores_by_measured_loss():

@@ -12,11 +12,13 @@ with the least predicted KL per multiply-add.
 import math
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..losses import kl_divergence
 from ..macs import branch_costs
-from ..model import BRANCH_KINDS, blocks
+from ..model import BRANCH_KINDS, blocks, entering, resumed
 from ..step import Context
 from .calibrate import everywhere, observe
 from .dial import RUN_ALL, branch_index, decisions
@@ -33,7 +35,8 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     windows = context.calibration[: max(1, MEASURED_TOKENS // context.calibration.shape[1])].to(model.device)
     run_all = everywhere(model, RUN_ALL)
     seen = observe(model, windows, run_all)
-    original = [model(window[None], use_cache=False).logits[0].float() for window in windows]
+    with entering(model) as streams:
+        original = [_logits(model, window) for window in windows]
     costs = branch_costs(model, windows.shape[1])
     shifts = [0.0] * len(run_all)
     # a branch that follows another has no score of its own
@@ -46,18 +49,27 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
         gate = _gate(model, index // 2, kind)
         saved = max(1, costs[index // 2, kind].kept - gate.replace_macs)
         predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
+        begin, lost = _resumable(model, index // 2), 0.0
         with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
-            lost = [
-                kl_divergence(reference, model(window[None], use_cache=False).logits[0].float()).mean().item()
-                for window, reference in zip(windows, original, strict=True)
-            ]
-        measured = max(sum(lost) / len(lost), 1e-9)  # rounding may give less than nothing
+            for window, stream, reference in zip(windows, streams[begin], original, strict=True):
+                with resumed(model, begin, stream):
+                    lost += kl_divergence(reference, _logits(model, window)).mean().item()
+        measured = max(lost / len(windows), 1e-9)  # rounding may give less than nothing
         shifts[index] = 0.5 * math.log(measured / predicted)
     mean = sum(shifts) / max(1, len(gated))
     for index in gated:
         shifts[index] -= mean
         _gate(model, index // 2, BRANCH_KINDS[index % 2]).score_bias.data.add_(shifts[index])
     return shifts
+
+
+def _logits(model: PreTrainedModel, window: Int[Tensor, " t"]) -> Float[Tensor, "t v"]:
+    return model(window[None], use_cache=False).logits[0].float()
+
+
+def _resumable(model: PreTrainedModel, layer: int) -> int:
+    """The last block up to a layer from which a pass can go on: one that copies needs those below."""
+    return max(at for at, block in enumerate(blocks(model)[: layer + 1]) if not block.copies)
 
 
 def _gate(model: PreTrainedModel, layer: int, kind: str) -> Gate:

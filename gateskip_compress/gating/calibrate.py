@@ -1,7 +1,8 @@
 """From budgets to thresholds: run the gated model, see what thresholds really spend, move them, and keep the table.
 
 Skipping early branches changes what later ones see, so thresholds are found on the model as it runs, budget by budget
-from 1 downwards: each starts from the scores seen at the one before and is corrected with its own.
+from 1 downwards: each from the scores seen at the one before. What they spent then stands in the table, not what was
+aimed at.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,6 @@ BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
 CALIBRATION_TOKENS = 4096
 """Of the calibration text; more moves thresholds little."""
-_PASSES = 2
 
 Allocation = Literal["global", "sensitivity", "uniform"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
@@ -64,13 +64,10 @@ def calibrate(
     table: list[Setting] = []
     seen = observe(model, used, everywhere(model, RUN_ALL))
     for target in track(BUDGETS, "calibrate thresholds"):
-        thresholds: Thresholds = ()
-        for _ in range(_PASSES):
-            found = thresholds_for(model, seen, target, context_tokens, allocation)
-            if found is None:
-                return tuple(table)
-            thresholds = found
-            seen = observe(model, used, thresholds)
+        thresholds = thresholds_for(model, seen, target, context_tokens, allocation)
+        if thresholds is None:
+            break
+        seen = observe(model, used, thresholds)
         at = spent(model, seen, context_tokens)
         if not table or at.budget < table[-1].budget:
             table.append(Setting(at.budget, at.executed, thresholds))

@@ -16,18 +16,16 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
 from ..macs import branch_costs
-from ..model import gated_mlp, watch, width
-from ..precision import exact_products
+from ..model import GatedMlp, gated_mlp, watch, width
 from ..step import Context
 from .closed_form import Moments, backward_elimination, effect, reduced_rank, regress
-from .gate import Gate
+from .gate import Gate, NarrowMlp
 
 SURROGATE_SHARE = 0.6
 """Share of the calibration windows that surrogates are solved from."""
@@ -56,9 +54,9 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         raise CalibrationError(f"fitting gates needs at least 2 windows of text, got {len(windows)}")
     d, device = width(model), next(model.parameters()).device
 
-    _choose_channels(model, gates, windows[:split], context)
+    wide = {key: gated_mlp(model, key[0]) for key, gate in gates.items() if gate.surrogate == "narrow"}
     outputs = {
-        key: Moments.zeros(gate.narrow.down.in_features if gate.surrogate == "narrow" else d, d, device)
+        key: Moments.zeros(len(wide[key].up) if key in wide else d, d, device)
         for key, gate in gates.items()
         if gate.surrogate != "zero"
     }
@@ -66,13 +64,16 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
 
         def see_outputs(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
             del residual
-            if (layer, kind) in outputs:
-                gate = gates[layer, kind]
-                outputs[layer, kind].add(gate.narrow.inner(x) if gate.surrogate == "narrow" else x, y)
+            key = layer, kind
+            if key in outputs:
+                outputs[key].add(wide[key].inner(x) if key in wide else x, y)
 
         _watch(model, windows[:split], see_outputs, context, "fit surrogates")
-        for key in list(outputs):
-            _set_surrogate(gates[key], outputs.pop(key))
+        for key in context.track(list(outputs), "solve surrogates"):
+            moments = outputs.pop(key)
+            if key in wide:
+                moments = _choose_channels(gates[key].narrow, wide[key], moments)
+            _set_surrogate(gates[key], moments)
 
     effects = {key: Moments.zeros(d, 1, device) for key, gate in gates.items() if gate.kind == "effect"}
     if not effects:
@@ -93,28 +94,12 @@ def fit_gates(model: PreTrainedModel, gates: Gates, context: Context) -> None:
         gate.score_bias.data.copy_(intercept - 0.5 * math.log(max(1, costs[layer, kind].kept - gate.replace_macs)))
 
 
-def _choose_channels(model: PreTrainedModel, gates: Gates, windows: Int[Tensor, "n t"], context: Context) -> None:
-    """Copy into each `narrow` surrogate, in place, the channels from which the MLP's output is best predicted."""
-    narrow = [layer for layer, kind in gates if gates[layer, kind].surrogate == "narrow"]
-    if not narrow:
-        return
-    wide = {layer: gated_mlp(model, layer) for layer in narrow}
-    grams = {layer: torch.zeros(len(mlp.up), len(mlp.up), device=mlp.up.device) for layer, mlp in wide.items()}
-
-    def see_channels(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
-        del y, residual
-        if kind == "mlp" and layer in wide:
-            mlp = wide[layer]
-            inner = (mlp.activation(F.linear(x, mlp.gate)) * F.linear(x, mlp.up)).float()
-            with exact_products():
-                grams[layer].addmm_(inner.T, inner)
-
-    _watch(model, windows, see_channels, context, "choose channels")
-    for layer, mlp in context.track(wide.items(), "eliminate channels"):
-        surrogate = gates[layer, "mlp"].narrow
-        best = backward_elimination(grams.pop(layer), mlp.down.detach().float(), surrogate.down.in_features, RIDGE)
-        surrogate.gate.weight.data.copy_(mlp.gate[best])
-        surrogate.up.weight.data.copy_(mlp.up[best])
+def _choose_channels(narrow: NarrowMlp, wide: GatedMlp, moments: Moments) -> Moments:
+    """Copy into a surrogate, in place, the channels from which the MLP's output is best predicted; their moments."""
+    best = backward_elimination(moments.xx, wide.down.detach().float(), narrow.down.in_features, RIDGE)
+    narrow.gate.weight.data.copy_(wide.gate[best])
+    narrow.up.weight.data.copy_(wide.up[best])
+    return Moments(moments.count, moments.x[best], moments.y, moments.xx[best][:, best], moments.xy[best])
 
 
 def _set_surrogate(gate: Gate, outputs: Moments) -> None:

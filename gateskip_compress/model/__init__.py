@@ -1,5 +1,6 @@
 """The one place that knows Hugging Face names: families list them, blocks are found by them, attention runs by them."""
 
+from .blocks import GatedMlp as GatedMlp
 from .blocks import ReadOut as ReadOut
 from .blocks import Vocabulary as Vocabulary
 from .blocks import blocks as blocks
@@ -24,6 +25,8 @@ from .family import Branch as Branch
 from .family import Family as Family
 from .gradients import watch_gradients as watch_gradients
 from .removed import NoMlp as NoMlp
+from .walk import entering as entering
+from .walk import resumed as resumed
 from .walk import walk as walk
 from .widths import Kept as Kept
 from .widths import Width as Width

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -237,6 +238,10 @@ class GatedMlp:
     up: Float[Tensor, "m d"]
     down: Float[Tensor, "d m"]
     activation: nn.Module
+
+    def inner(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n m"]:
+        """The channels' values."""
+        return self.activation(F.linear(x, self.gate)) * F.linear(x, self.up)
 
 
 def gated_mlp(model: PreTrainedModel, layer: int) -> GatedMlp:

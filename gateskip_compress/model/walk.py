@@ -1,6 +1,11 @@
-"""Block by block over a text: what one block gives is kept for all windows before the next one runs."""
+"""Block by block over a text: what one block gives is kept for all windows before the next one runs.
 
-from collections.abc import Callable, Iterable
+And passes from a block on, for those that ask again and again what later blocks make of what enters it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +59,51 @@ def walk(
             dial = getattr(block, "dial", None)
             if dial is not None:
                 below[at], dial.below = dial.below, None
+
+
+@contextmanager
+def entering(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+    """What enters each block in each call inside the `with`: by block, then by call."""
+    found: list[list[Tensor]] = [[] for _ in blocks(model)]
+
+    def hold(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[index].append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [
+        block.register_forward_pre_hook(partial(hold, index), with_kwargs=True)
+        for index, block in enumerate(blocks(model))
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(model: PreTrainedModel, index: int, hidden: Tensor) -> Iterator[None]:
+    """Calls inside the `with` run no block before the one at `index`, which `hidden` enters.
+
+    A block that copies keys and values from the one below cannot be the first to run.
+    """
+
+    def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return (hidden, *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+    idle = blocks(model)[:index]
+    for block in idle:
+        block.forward = _passed_on
+    handle = blocks(model)[index].register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in idle:
+            del block.forward  # the class's own again
+
+
+def _passed_on(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return hidden_states
 
 
 def _arguments(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
