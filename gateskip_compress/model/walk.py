@@ -67,7 +67,7 @@ def entering(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
     found: list[list[Tensor]] = [[] for _ in blocks(model)]
 
     def hold(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[index].append(args[0] if args else kwargs["hidden_states"])
+        found[index].append(_stream(args, kwargs))
 
     handles = [
         block.register_forward_pre_hook(partial(hold, index), with_kwargs=True)
@@ -102,6 +102,11 @@ def resumed(model: PreTrainedModel, index: int, hidden: Tensor) -> Iterator[None
             del block.forward  # the class's own again
 
 
+def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What enters a block, out of its arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def _passed_on(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return hidden_states
 
@@ -128,7 +133,7 @@ def _embedded(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> Tensor:
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+        found.append(_stream(args, kwargs))
         raise _Enough
 
     handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
