@@ -52,7 +52,7 @@ from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
 from gateskip_compress.baselines.random_skip import RandomSkip
 from gateskip_compress.gating.calibrate import calibrate
 from gateskip_compress.gating.dial import dial_of
-from gateskip_compress.macs import branch_costs, macs_per_token, ungated_macs_per_token
+from gateskip_compress.macs import branch_costs, ungated_macs_per_token
 from gateskip_compress.measure import environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start
@@ -61,7 +61,6 @@ from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage, passages, self_written
 
-COUNTED_PASSAGES = 24
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
 DISTILLED = g.Training(steps=120, batch=4, cross_entropy=0.3, precision="bf16")
@@ -127,19 +126,18 @@ def measure(given: argparse.Namespace) -> None:
         lessons, texts["instructions"] = lessons_and_held_out(given.train, tokenizer, 256, 500_000, given.tokens)
     for name, found in texts.items():
         held_out[name], alike[name] = found[::2], [passage.ids for passage in found[1::2]]
-    counted = {name: [passage.ids for passage in text[:COUNTED_PASSAGES]] for name, text in held_out.items()}
     questions, others = read_questions(given.tasks, given.items)
     if questions:
         alike[QUESTIONS] = [first_answer(tokenizer, item) for items in others.values() for item in items]
-        counted[QUESTIONS] = [first_answer(tokenizer, item) for items in questions.values() for item in items[:12]]
+        asked = [first_answer(tokenizer, item) for items in questions.values() for item in items[:12]]
+        held_out[QUESTIONS] = [Passage.whole(ids) for ids in asked]
     count = given.calibration_windows
     if lessons:
         calibration = torch.stack([passage.ids for passage in lessons[:count]])
     else:
         calibration = self_written(model, tokenizer, count=count, cache=cache_folder())
     context = Context(calibration, passages=lessons)
-    ungated = {name: g.evaluate(model, text).perplexity for name, text in held_out.items()}
-    whole = {name: macs_per_token(model, sequences) for name, sequences in counted.items()}
+    ungated = {name: g.evaluate(model, text) for name, text in held_out.items()}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     lines = given.out.read_text().splitlines() if given.out.is_file() else []
     done = {json.loads(line)["variant"] for line in lines}
@@ -148,7 +146,7 @@ def measure(given: argparse.Namespace) -> None:
             continue
         rows, tables = [], {}
         for model, share, applied, seconds in fitted(variant, given.model, given.budgets, context):
-            for name, sequences in counted.items():
+            for name, text in held_out.items():
                 if isinstance(applied, g.GateSkip):
                     dial = dial_of(model)
                     if name not in tables:
@@ -159,12 +157,12 @@ def measure(given: argparse.Namespace) -> None:
                         print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")
                         continue
                     dial.set(share)
+                quality = g.evaluate(model, text)
                 if name == QUESTIONS:
                     found = accuracies(model, tokenizer, questions)
                 else:
-                    quality = g.evaluate(model, held_out[name])
                     found = {key: value for key, value in asdict(quality).items() if value is not None}
-                    found["perplexity_ratio"] = quality.perplexity / ungated[name]
+                    found["perplexity_ratio"] = quality.perplexity / ungated[name].perplexity
                 row = {
                     "benchmark": "gates",
                     "variant": variant,
@@ -174,8 +172,8 @@ def measure(given: argparse.Namespace) -> None:
                     "fit_s": seconds,
                     "text": name,
                     "budget": share,
-                    "macs_share": macs_per_token(model, sequences) / whole[name],
                     **found,
+                    "macs_share": quality.macs_per_token / ungated[name].macs_per_token,
                     **environment(model),
                 }
                 rows.append(row)

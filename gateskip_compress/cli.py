@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,9 +125,9 @@ def evaluate_model(
 ) -> None:
     """Measure perplexity, distance from the original and multiply-adds on a text."""
     from .checkpoint import manifest_of
-    from .evaluate import evaluate
+    from .evaluate import COUNTED_PASSAGES, evaluate
     from .gating.calibrate import mean_keys
-    from .macs import macs_per_token
+    from .jobs import turned
     from .quantization.linear import unpacked
     from .source import load
     from .text import passages
@@ -139,17 +139,15 @@ def evaluate_model(
     original = None
     if source is not None:
         original = _original(source, required=against is not None)
-    with _turned(loaded, budget), unpacked(loaded):
+    with turned(loaded, budget), unpacked(loaded):
         quality = evaluate(loaded, held_out, original)
-        macs = macs_per_token(loaded, [passage.ids for passage in held_out])
     facts = manifest.original if manifest else None
-    keys = mean_keys([passage.ids for passage in held_out])
-    whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * keys if facts else macs
+    keys = mean_keys([passage.ids for passage in held_out[:COUNTED_PASSAGES]])
+    whole = facts["linear_macs_per_token"] + facts["attention_macs_per_token_and_key"] * keys if facts else None
     _show(
         {
             **asdict(quality),
-            "macs_per_token": macs,
-            "macs_share": macs / whole,
+            "macs_share": quality.macs_per_token / whole if whole else 1.0,
             "original": source if original else None,
         },
         as_json,
@@ -169,35 +167,20 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode at batch 1; medians, raw samples, peak memory."""
-    from .measure import disk_bytes, environment, measure_speed
-    from .quantization.linear import unpacked
-    from .runtime.choose import measure_session
-    from .source import load
+    from .jobs import bench as time_it
 
-    for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
-        if value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
-    loaded, _ = load(model)
-    session = _session(loaded, runtime, prompt_tokens + new_tokens + 1, unpack=unpack, speculate=speculate)
-    with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
-        if session is None:
-            speed = measure_speed(loaded, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
-        else:
-            speed = measure_session(session, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
-    folder = Path(model)
-    size = disk_bytes(folder) if folder.is_dir() else None
-    _show(
-        {
-            **asdict(speed),
-            "disk_bytes": size,
-            "batch": 1,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "runtime": "torch" if session is None else f"native, {session.kernels}",
-            **environment(loaded),
-        },
-        as_json,
+    found = time_it(
+        model,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        budget=budget,
+        speculate=speculate,
+        unpack=unpack,
+        runtime=runtime,
+        tell=problems.print,
     )
+    _show(found, as_json)
 
 
 @app.command()
@@ -214,55 +197,25 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Decode after a prompt."""
-    from functools import partial
+    from .jobs import generate as write
 
-    import torch
-    from transformers import TextStreamer
-
-    from .quantization.linear import unpacked
-    from .source import load
-    from .speculation.acceptance import Acceptance
-    from .speculation.decode import self_speculative
-    from .text import chat_prompt
-
-    if new_tokens < 1:
-        raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"--temperature {temperature} must not be negative")
-    loaded, tokenizer = load(model)
-    ids = chat_prompt(tokenizer, prompt).to(loaded.device)
-    session = _session(loaded, runtime, ids.shape[1] + new_tokens, unpack=unpack, speculate=speculate)
-    acceptance, run = Acceptance(), loaded.generate if session is None else session.generate
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    extra: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:  # nothing but the temperature, whatever the model's own config says
-        extra = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(seed)
-    if speculate and session is None:  # transformers does not hand the streamer on
-        extra |= {"custom_generate": partial(self_speculative, streamer=streamer), "acceptance": acceptance}
-    elif speculate:
-        extra |= {"speculate": True, "acceptance": acceptance}
-    with _turned(loaded, budget), unpacked(loaded) if unpack else nullcontext():
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "pad_token_id": pad}
-        out = run(ids, streamer=streamer, **settings, **extra)
-    new = out[0, ids.shape[1] :].tolist()
-    result = {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "token_ids": new,
-        "accepted_share": acceptance.accepted_share,
-        "tokens_per_verify": acceptance.tokens_per_verify,
-        "drafted_tokens": acceptance.drafted,
-        "accepted_tokens": acceptance.accepted,
-        "verifies": acceptance.verifies,
-        "plain_steps": acceptance.plain_steps,
-        "reread_tokens": acceptance.repeated,
-        **acceptance.time_shares,
-    }
+    result, counts = write(
+        model,
+        prompt,
+        new_tokens=new_tokens,
+        budget=budget,
+        speculate=speculate,
+        temperature=temperature,
+        seed=seed,
+        unpack=unpack,
+        runtime=runtime,
+        stream=not as_json,
+        tell=problems.print,
+    )
     if as_json:
         _show(result, as_json)
     elif speculate:
-        problems.print(_told(acceptance))
+        problems.print(_told(counts))
 
 
 def _told(counts: Any) -> str:
@@ -305,6 +258,7 @@ def _look_into(folder: Path, text: str, share: float | None, page: Path, passage
     """Write the page of `inspect --text`, and its numbers."""
     from .checkpoint import read_manifest
     from .gating.insight import insight
+    from .jobs import turned
     from .report import numbers_beside, write_insight
     from .source import load
     from .text import passages
@@ -315,7 +269,7 @@ def _look_into(folder: Path, text: str, share: float | None, page: Path, passage
     read_manifest(folder)  # a plain model, which would load too, has nothing to show
     model, tokenizer = load(str(folder))
     shown = passages(text, tokenizer, window_tokens=256, most_tokens=4096)
-    with _turned(model, share), Progress(console=problems, transient=True) as progress:
+    with turned(model, share), Progress(console=problems, transient=True) as progress:
 
         def track(items: Any, description: Any, total: int | None = None) -> Any:
             return _track(progress, items, description, total)
@@ -468,24 +422,6 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"gateskip: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _session(model: Any, runtime: str, context_tokens: int, *, unpack: bool, speculate: bool) -> Any:
-    """A native session, or None for torch; why not native goes to stderr."""
-    from .gating.dial import dial_of
-    from .runtime.choose import choose_runtime
-
-    if speculate:
-        dial_of(model)  # raises where nothing could draft
-    if unpack and runtime == "native":
-        raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
-    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, problems.print)
-
-
-def _turned(model: Any, share: float | None) -> Any:
-    from .gating.dial import budget
-
-    return nullcontext() if share is None else budget(model, share)
 
 
 def _original(source: str, *, required: bool) -> Any:

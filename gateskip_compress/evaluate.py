@@ -1,27 +1,33 @@
-"""Quality of a model on held-out text: perplexity, and how far it is from the original.
+"""Quality of a model on held-out text, and what it cost: perplexity, how far it is from the original, multiply-adds.
 
     perplexity      exp of the mean negative log-likelihood of each scored token
     KL              mean over tokens of KL(original ‖ model), in nats
     top-1 agreement share of tokens where both put the same token first
+    multiply-adds   counted over the first passages, see `macs.py`; the logits of all their tokens included
 
 The interval of the perplexity is a bootstrap over passages (tokens of one text are not independent).
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .losses import kl_divergence
+from .macs import counted_macs, head_macs
+from .model import read_out
 from .text import Passage
 from .track import untracked
 
+COUNTED_PASSAGES = 8
+"""Whose multiply-adds are counted: that makes a pass half as slow again, and shares vary little from text to text."""
 _RESAMPLES = 1000
 
 
@@ -30,6 +36,7 @@ class Quality:
     """What `evaluate` found; None where there was no original to compare with."""
 
     tokens: int
+    macs_per_token: float
     perplexity: float
     perplexity_low: float
     perplexity_high: float
@@ -39,9 +46,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sums over the scored tokens of each passage, of which `Quality` is the mean; with no original, two are empty."""
+    """Sums over the scored tokens of each passage, of which `Quality` is the mean; with no original, two are empty.
+
+    And multiply-adds of all tokens of each of the first passages.
+    """
 
     tokens: list[int]
+    macs: list[int]
+    counted_tokens: list[int]
     losses_nats: list[float]
     divergences_nats: list[float]
     agreements: list[int]
@@ -54,6 +66,7 @@ class Samples:
         low, high = bootstrap_interval(losses, torch.tensor(self.tokens))
         return Quality(
             tokens=tokens,
+            macs_per_token=sum(self.macs) / sum(self.counted_tokens),
             perplexity=math.exp(sum(self.losses_nats) / tokens),
             perplexity_low=math.exp(low),
             perplexity_high=math.exp(high),
@@ -62,18 +75,51 @@ class Samples:
         )
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a model says to some passages, for others to be compared with: kept as what enters its output head.
+
+    Args:
+        model: Whose head turns that into logits.
+        hidden: At the scored tokens of each passage.
+        quality: The model's own.
+    """
+
+    model: PreTrainedModel
+    hidden: list[Float[Tensor, "_n d"]]
+    quality: Quality
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, passages: Sequence[Passage], track: Any = untracked) -> "Reference":
+        """Run the model over the passages."""
+        hidden: list[Tensor] = []
+
+        def hold(_head: nn.Module, entering: tuple[Tensor, ...]) -> None:
+            hidden.append(entering[0][0])
+
+        handle = read_out(model).head.register_forward_pre_hook(hold)
+        try:
+            return cls(model, hidden, evaluate(model, passages, track=track))
+        finally:
+            handle.remove()
+
+    def logits(self, at: int) -> Float[Tensor, "n v"]:
+        """At the scored tokens of one passage."""
+        return read_out(self.model).logits(self.hidden[at]).float()
+
+
 def evaluate(
     model: PreTrainedModel,
     passages: Sequence[Passage],
-    original: PreTrainedModel | None = None,
+    original: PreTrainedModel | Reference | None = None,
     track: Any = untracked,
 ) -> Quality:
-    """Run passages through a model, and through the original beside it where that is given.
+    """Run passages through a model, and compare with the original where that is given.
 
     Args:
         model: At the budget it is set to.
         passages: Held-out text, see `text.passages`.
-        original: What to compare with.
+        original: What to compare with; or what it says to these passages, for models to be compared with in turn.
         track: As in `Context`.
     """
     return sample(model, passages, original, track).quality
@@ -83,27 +129,31 @@ def evaluate(
 def sample(
     model: PreTrainedModel,
     passages: Sequence[Passage],
-    original: PreTrainedModel | None = None,
+    original: PreTrainedModel | Reference | None = None,
     track: Any = untracked,
 ) -> Samples:
     """As `evaluate`, passage by passage."""
-    samples = Samples([], [], [], [])
-    for passage in track(passages, "measure quality"):
-        places = passage.scored.nonzero().squeeze(1)
-        targets = passage.ids[places].to(model.device)
-        logits = _logits(model, passage, places)
-        samples.tokens.append(len(places))
+    reference = Reference.of(original, passages, track) if isinstance(original, PreTrainedModel) else original
+    samples = Samples([], [], [], [], [], [])
+    for at, passage in enumerate(track(passages, "measure quality")):
+        targets = passage.ids[passage.scored].to(model.device)
+        with counted_macs() if at < COUNTED_PASSAGES else nullcontext() as macs:
+            logits = _logits(model, passage)
+        if macs is not None:
+            samples.macs.append(macs() + (len(passage.ids) - len(targets)) * head_macs(model))
+            samples.counted_tokens.append(len(passage.ids))
+        samples.tokens.append(len(targets))
         samples.losses_nats.append(F.cross_entropy(logits, targets, reduction="sum").item())
-        if original is not None:
-            reference = _logits(original, passage, places)
-            samples.divergences_nats.append(kl_divergence(reference, logits).sum().item())
-            samples.agreements.append(int((reference.argmax(-1) == logits.argmax(-1)).sum()))
+        if reference is not None:
+            expected = reference.logits(at).to(logits.device)
+            samples.divergences_nats.append(kl_divergence(expected, logits).sum().item())
+            samples.agreements.append(int((expected.argmax(-1) == logits.argmax(-1)).sum()))
     return samples
 
 
-def _logits(model: PreTrainedModel, passage: Passage, places: Int[Tensor, " n"]) -> Float[Tensor, "n v"]:
-    """What the model predicts for the tokens at `places`."""
-    ids, before = passage.ids[None].to(model.device), (places - 1).to(model.device)
+def _logits(model: PreTrainedModel, passage: Passage) -> Float[Tensor, "n v"]:
+    """What the model predicts for the scored tokens."""
+    ids, before = passage.ids[None].to(model.device), (passage.scored.nonzero().squeeze(1) - 1).to(model.device)
     return model(ids, use_cache=False, logits_to_keep=before).logits[0].float()
 
 

@@ -5,7 +5,8 @@ look-ups are not counted. Causal attention counts its full rectangle of queries 
 leaves out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from .model import NoMlp, blocks, family_of, features, key_value_features, projections, read_out, width
+from .model import NoMlp, blocks, family_of, features, key_value_features, projections, width
 from .model.attention import whole_rectangles
 
 _CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,19 +38,20 @@ class BranchCost:
     skipped: int
 
 
-def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
-    """Run the model on `ids` as it stands and count the multiply-adds that really happened, all logits included."""
+@contextmanager
+def counted_macs() -> Iterator[Callable[[], int]]:
+    """Counts the multiply-adds that really happen inside the `with`; what it yields tells their number."""
     # torch's table has no entry for the attention kernel that CPUs use
     counter = FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _sdpa_flop})
-    with torch.inference_mode(), whole_rectangles(), counter:
+    with whole_rectangles(), counter:
+        yield lambda: counter.get_total_flops() // 2
+
+
+def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
+    """Run the model on `ids` as it stands and count the multiply-adds, all logits included."""
+    with torch.inference_mode(), counted_macs() as macs:
         model(ids, use_cache=False)
-    return counter.get_total_flops() // 2
-
-
-def macs_per_token(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " _t"]]) -> float:
-    """Mean over the tokens of some sequences, each run by itself; all logits included."""
-    total = sum(count_macs(model, ids[None].to(model.device)) for ids in sequences)
-    return total / sum(len(ids) for ids in sequences)
+    return macs()
 
 
 def branch_costs(model: PreTrainedModel, context_tokens: int) -> dict[tuple[int, str], BranchCost]:
@@ -86,7 +88,7 @@ def ungated_macs_per_token(model: PreTrainedModel, context_tokens: int) -> int:
 
 def head_macs(model: PreTrainedModel) -> int:
     """Multiply-adds of one token's logits."""
-    columns, rows = features(read_out(model).head) or (0, 0)
+    columns, rows = features(model.get_output_embeddings()) or (0, 0)
     return rows * columns
 
 

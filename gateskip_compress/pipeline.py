@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest, attach, manifest_of
 from .errors import PipelineError, UnsupportedModel
+from .gating.calibrate import CALIBRATION_TOKENS, first_tokens
 from .gating.dial import is_gated
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
@@ -201,7 +202,7 @@ def apply(step: Transform, model: PreTrainedModel, context: Context) -> Record:
     manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     manifest.steps.append({"name": step.name, "settings": settings(step), "record": record})
     if step.stage in (Stage.PRUNE, Stage.RECOVER) and is_gated(model):
-        recalibrate(model, context.calibration)
+        recalibrate(model, first_tokens(context.calibration, CALIBRATION_TOKENS))
     attach(model, manifest)
     return record
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import UnsupportedModel
-from .gating.allocate import MEASURED_TOKENS
+from .gating.allocate import measured_windows
 from .gating.calibrate import BUDGETS, CALIBRATION_TOKENS
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
@@ -35,15 +35,21 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config)
     branches(model)
     rate, context = _macs_per_s(), recipe.calibration.window_tokens
+    measured = context * measured_windows(recipe.calibration.windows, context)
     per_token, layers = ungated_macs_per_token(model, context), len(blocks(model))
     float_bytes = torch.finfo(config.dtype or torch.float32).bits // 8
     kept, weights = 1.0, sum(linear.weight.numel() for linear in linears(model).values())
     parameters, disk = model.num_parameters(), model.num_parameters() * float_bytes
     tokens = recipe.calibration.windows * context
 
-    def gating(step: GateSkip) -> int:
-        passes = 2 * tokens + 2 * len(BUDGETS) * min(CALIBRATION_TOKENS, tokens)
-        return passes + (2 * layers * min(MEASURED_TOKENS, tokens) if step.spread == "sensitivity" else 0)
+    def gating(step: GateSkip) -> float:
+        passes = 2 * tokens + len(BUDGETS) * min(CALIBRATION_TOKENS, tokens)
+        # for each of two branches, half the blocks on average, and all logits
+        return passes + (
+            1.5 * layers * measured_windows(recipe.calibration.windows, context) * context
+            if step.spread == "sensitivity"
+            else 0
+        )
 
     work = {
         "gateskip": gating,

@@ -11,8 +11,6 @@ peak memory is the stage's own; the final text is generated in a fresh process f
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest
 from .errors import GateSkipError, PipelineError, RuntimeUnavailable, UnsupportedModel
-from .evaluate import Quality, evaluate
+from .evaluate import COUNTED_PASSAGES, Quality, Reference, evaluate
 from .folders import write_whole
+from .fresh import ProcessFailed, fresh_value, start_server
 from .gating.dial import budget, dial_of, is_gated
-from .macs import macs_per_token
+from .jobs import bench, generate
 from .measure import disk_bytes, environment
 from .pipeline import apply, settings, start
 from .quantization.linear import unpacked
@@ -42,7 +41,6 @@ from .text import SELF, Passage, packed, passages, self_written, windows
 from .track import untracked
 
 CURVE = (1.0, 0.9, 0.8, 0.7, 0.6)
-COUNTED_PASSAGES = 8
 EVALUATION_SEED = 1000
 """Added to the seed of self-written evaluation text, to hold it apart from calibration."""
 
@@ -55,15 +53,20 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         GateSkipError: a step cannot be done; what was finished stays.
     """
     _claim(out, recipe)
+    start_server()
     original, tokenizer = load(recipe.model, recipe.dtype)
+    runtime = _runtime(original)
     calibration, seconds = _timed(lambda: calibration_text(recipe, original, tokenizer, track))
     lessons = training_text(recipe, tokenizer)
     held_out = evaluation_text(recipe, original, tokenizer, track)
+    reference = Reference.of(original, held_out, track)
     first = out / "steps" / "0-original"
     if not (first / "stage.json").is_file():
-        _stage(recipe, first, original, original, tokenizer, held_out, None, None, track)
-    model, done = None, 0
-    folders = [out / "steps" / f"{i}-{step.name}" for i, step in enumerate(recipe.pipeline(), 1)]
+        _save(original, first)
+        tokenizer.save_pretrained(first)  # a compressed model saves it itself, under its manifest's hashes
+        _stage(recipe, first, None, {**asdict(reference.quality), "macs_share": 1.0}, runtime)
+    model, done, steps = None, 0, list(recipe.pipeline())
+    folders = [out / "steps" / f"{i}-{step.name}" for i, step in enumerate(steps, 1)]
     while done < len(folders) and (folders[done] / "stage.json").is_file():
         done += 1
     if done == 0:
@@ -72,19 +75,25 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     else:
         model, _ = load(str(folders[done - 1]))
         model.gateskip.tokenizer = tokenizer
-    before = json.loads(([first, *folders][done] / "stage.json").read_text())
-    for step, folder in list(zip(recipe.pipeline(), folders, strict=True))[done:]:
-        unfinished = out / "steps" / "unfinished"
+    for at in range(done, len(folders)):
+        step, folder, unfinished = steps[at], folders[at], out / "steps" / "unfinished"
         context = Context(calibration, recipe.seed, track, lessons, unfinished, original, cache=cache_folder())
-        _, taken = _timed(lambda step=step, context=context: apply(step, model, context))
-        before = _stage(recipe, folder, model, original, tokenizer, held_out, (step, taken), before, track)
-        shutil.rmtree(out / "steps" / "unfinished", ignore_errors=True)
-    stages = [json.loads((folder / "stage.json").read_text()) for folder in (first, *folders)]
+        record, taken = _timed(lambda step=step, context=context: apply(step, model, context))
+        _save(model, folder)
+        if step.name == "self_speculation":  # changes no weight
+            before = _read([first, *folders][at])
+            found = {key: before[key] for key in (*Quality.__annotations__, "macs_share")}
+        else:
+            with unpacked(model):
+                found = _quality(model, held_out, reference, track)
+        _stage(recipe, folder, (step, taken, record), found, runtime)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    stages = [_read(folder) for folder in (first, *folders)]
     curve = _curve(model, original, held_out, track) if is_gated(model) else []
     model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
     model.save_pretrained(out / "model")
-    samples, speculation = _decoded(recipe, first, out / "model", stages[-1], _runtime_flags(original))
-    plain = _fresh("bench", str(first), *_bench_flags(recipe), "--runtime", "torch")
+    samples, speculation = _decoded(recipe, first, out / "model", stages[-1], runtime)
+    plain = _bench(recipe, first, runtime="torch")
     report = {
         "name": recipe.model,
         "command": command,
@@ -171,49 +180,50 @@ def evaluation_text(
     return [Passage.whole(window) for window in written]
 
 
-def _stage(
-    recipe: Recipe,
-    folder: Path,
-    model: PreTrainedModel,
-    original: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[Passage],
-    done: tuple[Transform, float] | None,
-    before: dict[str, Any] | None,
-    track: Any,
-) -> dict[str, Any]:
-    """Save and measure the model as it stands after a step; stage.json comes last, and makes the step finished."""
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """The model as it stands after a step; no stage yet."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
     model.save_pretrained(folder)
-    if done is None:  # a compressed model saves its tokenizer itself, under its manifest's hashes
-        tokenizer.save_pretrained(folder)
-    step, seconds = done if done is not None else (None, None)
-    speculates = step is not None and step.name == "self_speculation"
-    if before is not None and speculates:  # changes no weight
-        same = {key: before[key] for key in (*Quality.__annotations__, "macs_per_token", "macs_share")}
-    else:
-        with unpacked(model):
-            quality = evaluate(model, held_out, original if model is not original else None, track)
-        sample = _sample(held_out)
-        macs = macs_per_token(model, sample)
-        whole = macs_per_token(original, sample) if model is not original else macs
-        same = {**asdict(quality), "macs_per_token": round(macs), "macs_share": macs / whole}
-    flags = (*_runtime_flags(original), *(["--speculate"] if speculates else []))
-    speed = _fresh("bench", str(folder), *_bench_flags(recipe), *flags)
-    baseline = json.loads((folder.parent / "0-original" / "stage.json").read_text()) if step is not None else None
+
+
+def _quality(
+    model: PreTrainedModel, held_out: Sequence[Passage], reference: Reference, track: Any = untracked
+) -> dict[str, Any]:
+    found = evaluate(model, held_out, reference, track)
+    return {**asdict(found), "macs_share": found.macs_per_token / reference.quality.macs_per_token}
+
+
+def _stage(
+    recipe: Recipe,
+    folder: Path,
+    done: tuple[Transform, float, dict[str, Any]] | None,
+    quality: dict[str, Any],
+    runtime: dict[str, Any],
+) -> None:
+    """Time a saved model and write its stage.json: that comes last, and makes the step finished.
+
+    Args:
+        recipe: What is run.
+        folder: Of the model.
+        done: The step, its seconds and its record; None for the original.
+        quality: Fields of `Quality`, and `macs_share`.
+        runtime: As in `_runtime`.
+    """
+    step, seconds, record = done if done is not None else (None, None, {})
+    speed = _bench(recipe, folder, **runtime, speculate=step is not None and step.name == "self_speculation")
+    original = quality if step is None else _read(folder.parent / "0-original")
     stage = {
         "name": step.name if step else "original",
         "settings": settings(step) if step else {},
         "seconds": seconds,
-        **same,
-        "perplexity_ratio": same["perplexity"] / baseline["perplexity"] if baseline else 1.0,
+        **quality,
+        "perplexity_ratio": quality["perplexity"] / original["perplexity"],
         **{key: speed[key] for key in _SPEEDS},
         "disk_bytes": disk_bytes(folder),
-        "record": _manifest(model).steps[-1]["record"] if step else {},
+        "record": record,
     }
     write_whole(folder / "stage.json", json.dumps(stage, indent=1))
-    return stage
 
 
 _SPEEDS = (
@@ -226,45 +236,35 @@ _SPEEDS = (
 )
 
 
-def _bench_flags(recipe: Recipe) -> list[str]:
-    bench = recipe.bench
-    return [
-        *("--prompt-tokens", str(bench.prompt_tokens)),
-        *("--new-tokens", str(bench.new_tokens)),
-        *("--runs", str(bench.runs)),
-    ]
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "stage.json").read_text())
 
 
-def _runtime_flags(original: PreTrainedModel) -> list[str]:
+def _runtime(original: PreTrainedModel) -> dict[str, Any]:
     """One runtime for all stages, so that their speeds compare: the native one, where it knows the original."""
     try:
         extension()
         check_lowerable(original, 1)
     except (RuntimeUnavailable, UnsupportedModel):
-        return ["--runtime", "torch", "--unpack"]
-    return ["--runtime", "auto"]
+        return {"runtime": "torch", "unpack": True}
+    return {"runtime": "auto"}
 
 
 def _curve(
     model: PreTrainedModel, original: PreTrainedModel, held_out: Sequence[Passage], track: Any
 ) -> list[dict[str, Any]]:
     """Quality over the dial of the finished model, on every fourth passage."""
-    rows, sample, few = [], _sample(held_out), held_out[::4]
-    whole = macs_per_token(original, sample)
-    for share in track([share for share in CURVE if share >= dial_of(model).floor], "turn the dial"):
-        with budget(model, share), unpacked(model):
-            quality = evaluate(model, few, original)
-            rows.append({"budget": share, "macs_share": macs_per_token(model, sample) / whole, **asdict(quality)})
+    few = held_out[::4]
+    rows, reference = [], Reference.of(original, few)
+    with unpacked(model):
+        for share in track([share for share in CURVE if share >= dial_of(model).floor], "turn the dial"):
+            with budget(model, share):
+                rows.append({"budget": share, **_quality(model, few, reference)})
     return rows
 
 
-def _sample(held_out: Sequence[Passage]) -> list[Int[Tensor, " _t"]]:
-    """What multiply-adds are counted over."""
-    return [passage.ids for passage in held_out[:COUNTED_PASSAGES]]
-
-
 def _decoded(
-    recipe: Recipe, first: Path, final: Path, last: dict[str, Any], runtime: list[str]
+    recipe: Recipe, first: Path, final: Path, last: dict[str, Any], runtime: dict[str, Any]
 ) -> tuple[list[dict[str, str]], dict[str, Any] | None]:
     """The recipe's prompts as the original and the finished checkpoint go on from them, each in a fresh process.
 
@@ -274,17 +274,11 @@ def _decoded(
     speculates = last["name"] == "self_speculation"
     samples, same, drafted, accepted, verifies = [], True, 0, 0, 0
     for prompt in recipe.prompts:
-        flags = ("--prompt", prompt, "--new-tokens", "48", *runtime)
-        plain = _fresh("generate", str(final), *flags)
-        samples.append(
-            {
-                "prompt": prompt,
-                "original": _fresh("generate", str(first), *flags)["text"],
-                "compressed": plain["text"],
-            }
-        )
+        plain = _generate(final, prompt, **runtime)
+        original = _generate(first, prompt, **runtime)
+        samples.append({"prompt": prompt, "original": original["text"], "compressed": plain["text"]})
         if speculates:
-            draft = _fresh("generate", str(final), *flags, "--speculate")
+            draft = _generate(final, prompt, **runtime, speculate=True)
             same = same and plain["token_ids"] == draft["token_ids"]
             drafted, verifies = drafted + draft["drafted_tokens"], verifies + draft["verifies"]
             accepted += draft["accepted_tokens"]
@@ -296,10 +290,24 @@ def _decoded(
         "tokens_per_verify": (accepted + verifies) / verifies if verifies else None,
         "identical_tokens": same if recipe.prompts else None,
         "decode_tokens_per_s": last["decode_tokens_per_s"],
-        "plain_decode_tokens_per_s": _fresh("bench", str(final), *_bench_flags(recipe), *runtime)[
-            "decode_tokens_per_s"
-        ],
+        "plain_decode_tokens_per_s": _bench(recipe, final, **runtime)["decode_tokens_per_s"],
     }
+
+
+def _bench(recipe: Recipe, folder: Path, **how: Any) -> dict[str, Any]:
+    return _fresh(bench, folder, **recipe.bench.model_dump(), **how)
+
+
+def _generate(folder: Path, prompt: str, **how: Any) -> dict[str, Any]:
+    return _fresh(generate, folder, prompt, new_tokens=48, **how)[0]
+
+
+def _fresh(work: Callable[..., Any], folder: Path, *arguments: Any, **named: Any) -> Any:
+    """What a job says to a checkpoint, in a process of its own."""
+    try:
+        return fresh_value(work, str(folder), *arguments, **named)
+    except ProcessFailed as failed:
+        raise GateSkipError(f"'{work.__name__}' of {folder} failed: {failed}") from failed
 
 
 def _notes(recipe: Recipe, stages: list[dict[str, Any]], plain: dict[str, Any]) -> list[str]:
@@ -329,12 +337,3 @@ def _shown(stage: dict[str, Any]) -> dict[str, Any]:
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     began = time.perf_counter()
     return call(), time.perf_counter() - began
-
-
-def _fresh(*arguments: str) -> dict[str, Any]:
-    """The JSON of one of our own commands, run in a process of its own."""
-    command = [sys.executable, "-m", "gateskip_compress.cli", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise GateSkipError(f"'gateskip {' '.join(arguments)}' failed: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout)

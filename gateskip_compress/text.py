@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -225,14 +225,20 @@ def self_written(
         for _ in track(range(window_tokens - len(start)), "write calibration text"):
             past = None if output is None else output.past_key_values
             output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            probability = output.logits[:, -1].float().softmax(-1).cpu()
-            ids = torch.multinomial(probability, 1, generator=generator).to(model.device)
+            ids = _drawn(output.logits[:, -1].float().softmax(-1).cpu(), generator).to(model.device)
             written.append(ids.cpu())
     result = torch.cat(written, dim=1)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(result.tolist()))
     return result
+
+
+def _drawn(probability: Float[Tensor, "n v"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
+    """A token for each row; far faster than `multinomial`, which takes as long as a third of the model."""
+    below = probability.cumsum(-1)
+    drawn = torch.rand(len(below), 1, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, drawn, right=True).clamp_(max=below.shape[-1] - 1)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Int[Tensor, "1 t"]:

@@ -16,8 +16,8 @@ from tiny_matrix import PARTS, TIMING, matrix_file
 from tiny_models import tiny, tiny_tokenizer
 
 import gateskip_compress as g
+from gateskip_compress.fresh import ProcessFailed, fresh_rows, fresh_value
 from gateskip_compress.matrix import run
-from gateskip_compress.matrix.fresh import ProcessFailed, fresh_rows
 from gateskip_compress.matrix.run import Matrix, run_matrix
 from gateskip_compress.matrix.search import search
 from gateskip_compress.matrix.spec import read_spec
@@ -189,6 +189,14 @@ def test_a_process_says_how_it_ended(work, message):
         next(rows)
 
 
+def test_a_process_gives_back_what_a_function_returns_or_says():
+    assert fresh_value(divmod, 17, 5) == (3, 2)
+    with pytest.raises(ProcessFailed, match=r"ValueError: invalid literal"):
+        fresh_value(int, "x")
+    with pytest.raises(ProcessFailed, match=r"^no file nowhere\.gguf$"):
+        fresh_value(g.load, "nowhere.gguf")
+
+
 def test_two_runs_into_one_folder_are_refused(tmp_path):
     with (
         opened(tmp_path / "out"),
@@ -286,7 +294,7 @@ def test_killed_ten_times_it_gives_the_same(place, tmp_path):
     whole, broken = measured(place / "out"), measured(out)
     assert broken.keys() == whole.keys()
     for cell, row in whole.items():
-        for key in ("status", "macs_per_token", "disk_bytes"):
+        for key in ("status", "disk_bytes"):
             assert broken[cell].get(key) == row.get(key)
         if row["status"] == "done":  # this one ran on one thread, that one too
             assert broken[cell]["samples"] == row["samples"]

@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny, tiny_tokenizer
+from tiny_models import FAMILY_CONFIGS, tiny, tiny_tokenizer
 
 import gateskip_compress as g
+from gateskip_compress.evaluate import Reference
 from gateskip_compress.losses import kl_divergence
-from gateskip_compress.text import Passage, chat_prompt, packed, passages, self_written, windows
+from gateskip_compress.macs import count_macs
+from gateskip_compress.text import Passage, _drawn, chat_prompt, packed, passages, self_written, windows
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3' if m.role == 'user' else 'w4' }} {{ m.content }} w5 {% endfor %}"
@@ -98,6 +100,9 @@ def test_quality_is_that_of_a_plain_loop():
         scored[0], scored[-1] = False, True
         held_out.append(Passage(torch.randint(96, (length,), generator=generator), scored))
     found = g.evaluate(model, held_out, original)
+    assert g.evaluate(model, held_out, Reference.of(original, held_out)) == found
+    whole = sum(count_macs(model, passage.ids[None]) for passage in held_out)
+    assert found.macs_per_token == pytest.approx(whole / sum(len(passage.ids) for passage in held_out))
     losses, divergences, same = [], [], []
     for passage in held_out:
         with torch.inference_mode():
@@ -118,6 +123,27 @@ def test_quality_is_that_of_a_plain_loop():
 def test_divergence_from_itself_is_nothing():
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(kl_divergence(logits, logits), torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_reference_keeps_the_logits_of_every_family(family):
+    model = tiny(family)
+    held_out = [Passage.whole(torch.arange(1, 9)), Passage.whole(torch.arange(20, 25))]
+    reference = Reference.of(model, held_out)
+    for at, passage in enumerate(held_out):
+        with torch.inference_mode():
+            assert torch.equal(reference.logits(at), model(passage.ids[None]).logits[0, :-1].float())
+    assert g.evaluate(model, held_out, reference).kl_nats == 0
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = _drawn(likely.expand(20_000, 6), torch.Generator().manual_seed(0)).squeeze(1)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[likely == 0].sum() == 0
+    expected = 20_000 * likely[likely > 0]
+    statistic = ((counts[likely > 0] - expected) ** 2 / expected).sum()
+    assert statistic < 13.8  # chi-square, 2 degrees of freedom: one in a thousand lies above
 
 
 def test_self_written_text_is_kept_and_seeded(tmp_path):

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
-from ..gating.calibrate import calibrate
+from ..gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
 from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
@@ -76,7 +76,7 @@ class EarlyExit:
         state = _State(read_out(model) if self.confidence == "softmax" else None)
         for block in blocks(model):
             block.state = state
-        dial.table = calibrate(model, context.calibration, track=context.track)
+        dial.table = calibrate(model, first_tokens(context.calibration, CALIBRATION_TOKENS), track=context.track)
         dial.set(self.budget)
         return {"table": [asdict(setting) for setting in dial.table]}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
-from ..gating.calibrate import calibrate
+from ..gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
 from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
@@ -69,7 +69,7 @@ class MixtureOfDepths:
             gates[layer, "mlp"] = Gate(width(model), None, "zero", 1)
         put_in(model, gates, dial, form=_RoutedBlock)
         record = {"training": train_gates(model, self.training, self.budget, "uniform", context)}
-        dial.table = calibrate(model, context.calibration, "uniform", context.track)
+        dial.table = calibrate(model, first_tokens(context.calibration, CALIBRATION_TOKENS), "uniform", context.track)
         dial.set(self.budget)
         return {"table": [asdict(setting) for setting in dial.table], **record}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
-from ..gating.calibrate import calibrate
+from ..gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
 from ..gating.dial import Decision, Dial, check_budget
 from ..gating.fit import Gates, fit_gates
 from ..gating.gate import Gate
@@ -63,7 +63,7 @@ class RandomSkip:
         put_in(model, gates, dial, form=_RandomBlock)
         for layer, block in enumerate(blocks(model)):
             block.offset = len(BRANCH_KINDS) * (layer + len(blocks(model)) * context.seed)
-        dial.table = calibrate(model, context.calibration, track=context.track)
+        dial.table = calibrate(model, first_tokens(context.calibration, CALIBRATION_TOKENS), track=context.track)
         dial.set(self.budget)
         return {"table": [asdict(setting) for setting in dial.table]}
 

@@ -25,6 +25,8 @@ from .dial import RUN_ALL, branch_index, decisions
 from .gate import Gate
 
 MEASURED_TOKENS = 1024
+MEASURED_SHARE = 1 / 16
+"""At most so many tokens, and so much of the calibration text, at least one window."""
 SKIPPED_SHARE = 0.5
 """Share of the tokens that skip the branch that is measured."""
 
@@ -32,7 +34,7 @@ SKIPPED_SHARE = 0.5
 @torch.inference_mode()
 def weigh(model: PreTrainedModel, context: Context) -> list[float]:
     """Measure every gated branch and shift its scores, in place; returns what was added to each."""
-    windows = context.calibration[: max(1, MEASURED_TOKENS // context.calibration.shape[1])].to(model.device)
+    windows = context.calibration[: measured_windows(*context.calibration.shape)].to(model.device)
     run_all = everywhere(model, RUN_ALL)
     seen = observe(model, windows, run_all)
     with entering(model) as streams:
@@ -61,6 +63,11 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
         shifts[index] -= mean
         _gate(model, index // 2, BRANCH_KINDS[index % 2]).score_bias.data.add_(shifts[index])
     return shifts
+
+
+def measured_windows(windows: int, window_tokens: int) -> int:
+    """How many of a text's windows sensitivities are measured on."""
+    return max(1, min(MEASURED_TOKENS // window_tokens, int(windows * MEASURED_SHARE)))
 
 
 def _logits(model: PreTrainedModel, window: Int[Tensor, " t"]) -> Float[Tensor, "t v"]:

@@ -22,8 +22,8 @@ from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decision
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
-CALIBRATION_TOKENS = 4096
-"""Of the calibration text; more moves thresholds little."""
+CALIBRATION_TOKENS = 2048
+"""That a step calibrates on; more moves thresholds little."""
 
 Allocation = Literal["global", "sensitivity", "uniform"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
@@ -49,15 +49,15 @@ def calibrate(
 
     Args:
         model: With gates that tell tokens apart.
-        sequences: Token ids, each run by itself; the first 4096 tokens are used. What a threshold spends depends on
-            the text: budgets hold on text of this kind and of about these lengths.
+        sequences: Token ids, each run by itself. What a threshold spends depends on the text: budgets hold on text of
+            this kind and of about these lengths.
         allocation: How budgets are spread over branches.
         track: As in `Context`.
 
     Raises:
         CalibrationError: no sequence has a token that may skip.
     """
-    used = first_tokens(sequences, CALIBRATION_TOKENS)
+    used = list(sequences)
     if not any(len(ids) > 1 for ids in used):
         raise CalibrationError("calibrating thresholds needs text: no sequence has more than one token")
     context_tokens = round(mean_keys(used))

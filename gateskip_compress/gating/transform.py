@@ -16,7 +16,7 @@ from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import GatedBlock, gate_block
-from .calibrate import ALLOCATIONS, Allocation, calibrate
+from .calibrate import ALLOCATIONS, CALIBRATION_TOKENS, Allocation, calibrate, first_tokens
 from .dial import Dial, Setting, check_budget, dial_of, skipping
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
@@ -153,7 +153,9 @@ class GateSkip:
                 model, self.training, self.budget, self.spread, context, as_teacher=as_teacher
             )
         if self.kind == "effect" or self.training is not None:  # neutral scores rank nothing
-            dial.table = calibrate(model, context.calibration, self.spread, context.track)
+            dial.table = calibrate(
+                model, first_tokens(context.calibration, CALIBRATION_TOKENS), self.spread, context.track
+            )
         dial.set(self.budget)
         return {**record, "table": _json(dial.table)}
 

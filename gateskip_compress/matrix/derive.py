@@ -171,7 +171,7 @@ def _quality_values(
     row: Row, original: Row | None, values: dict[str, float], bounds: dict[str, tuple[float, float]]
 ) -> None:
     quality, samples = row["quality"], row["samples"]
-    values |= {"perplexity": quality["perplexity"], "macs_per_token": row["macs_per_token"]}
+    values |= {"perplexity": quality["perplexity"], "macs_per_token": quality["macs_per_token"]}
     bounds["perplexity"] = quality["perplexity_low"], quality["perplexity_high"]
     values |= {"disk_bytes": row["disk_bytes"], "compression_s": row["compression"]["seconds"]}
     if row["compression"]["peak_bytes"] is not None:
@@ -187,7 +187,7 @@ def _quality_values(
         return
     values["perplexity_ratio"] = quality["perplexity"] / original["quality"]["perplexity"]
     bounds["perplexity_ratio"] = interval((_loss_draws(row) - _loss_draws(original)).exp())
-    values["macs_share"] = row["macs_per_token"] / original["macs_per_token"]
+    values["macs_share"] = quality["macs_per_token"] / original["quality"]["macs_per_token"]
     values["disk_share"] = row["disk_bytes"] / original["disk_bytes"]
     if row["answers"]:
         values["accuracy"], bounds["accuracy"] = _accuracy(row["answers"], None)

@@ -19,11 +19,10 @@ from ..errors import CalibrationError, GateSkipError
 from ..evaluate import sample
 from ..folders import write_whole
 from ..gating.dial import budget
-from ..macs import macs_per_token
 from ..measure import disk_bytes, environment, peak_bytes
 from ..pipeline import apply, start
 from ..quantization.linear import unpacked
-from ..run import COUNTED_PASSAGES, calibration_text, evaluation_text, training_text
+from ..run import calibration_text, evaluation_text, training_text
 from ..source import load
 from ..step import Context, Stage
 from ..tasks import TASKS, read_items
@@ -86,7 +85,7 @@ def run_job(job: Job) -> Iterator[Row]:
         yield row_of(job, cell, "done", **found, **{key: measured[key] for key in _MEASURED})
 
 
-_MEASURED = ("samples", "quality", "macs_per_token", "answers")
+_MEASURED = ("samples", "quality", "answers")
 
 
 def row_of(job: Job, cell: Cell, status: str, **content: Any) -> Row:
@@ -153,10 +152,9 @@ def _quality(
         samples = sample(model, held_out, original)
         if not all(map(math.isfinite, samples.losses_nats)):
             raise ValueError("the loss on held-out text is not finite: these steps broke the model")
-        macs = macs_per_token(model, [passage.ids for passage in held_out[:COUNTED_PASSAGES]])
         answers = _answers(spec.tasks, model, tokenizer) if spec.tasks else {}
     quality = asdict(samples.quality)
-    return {"samples": asdict(samples), "quality": quality, "macs_per_token": macs, "answers": answers}
+    return {"samples": asdict(samples), "quality": quality, "answers": answers}
 
 
 def _answers(

@@ -19,13 +19,13 @@ from transformers import AutoTokenizer
 
 from ..errors import GateSkipError, PipelineError
 from ..folders import write_whole
+from ..fresh import ProcessFailed, fresh_rows
 from ..measure import cores
 from ..report.matrix import write_matrix
 from ..text import SELF, passages
 from ..track import untracked
 from .cells import Cell, Node, list_cells, nodes_of, quality_settings, timing_settings
 from .derive import derive
-from .fresh import ProcessFailed, fresh_rows
 from .harness import check_hub
 from .job import Job, changes_only_decoding, run_job
 from .spec import Spec

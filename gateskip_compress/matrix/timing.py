@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ..errors import GateSkipError
+from ..fresh import ProcessFailed, ended, fresh_process, stop
 from ..gating.dial import budget
 from ..measure import Stopwatch, environment, forget_peak, held_bytes, peak_bytes
 from ..quantization.linear import unpacked
 from ..source import load
-from .fresh import ProcessFailed, ended, fresh_process, stop
 from .spec import Timing
 from .store import Row
 

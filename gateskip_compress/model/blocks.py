@@ -94,7 +94,11 @@ class ReadOut:
 
     def __call__(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """Logits."""
-        logits = self.head(self.norm(hidden))
+        return self.logits(self.norm(hidden))
+
+    def logits(self, normed: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        """Logits, of what the final norm gives."""
+        logits = self.head(normed)
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 

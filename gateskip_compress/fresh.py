@@ -11,12 +11,19 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["gateskip_compress.matrix.job", "gateskip_compress.matrix.timing"])
+from .errors import GateSkipError
+
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_SERVER: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+_SERVER.set_forkserver_preload(
+    ["gateskip_compress.jobs", "gateskip_compress.matrix.job", "gateskip_compress.matrix.timing"]
+)
 
 
 class ProcessFailed(Exception):
@@ -31,6 +38,12 @@ def ended(process: BaseProcess) -> ProcessFailed:
         return ProcessFailed(f"its process ended early, with code {code}")
     hint = "; was memory short?" if code == -signal.SIGKILL else ""
     return ProcessFailed(f"killed by {signal.Signals(-code).name}{hint}")
+
+
+def start_server() -> None:
+    """Let the server begin its imports now, beside what goes on here; else it starts with the first process."""
+    if _FORKS:
+        forkserver.ensure_running()
 
 
 def fresh_process(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Any]:
@@ -70,6 +83,19 @@ def fresh_rows(work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[
         stop(process)
 
 
+def fresh_value(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function returns when it runs in a process of its own.
+
+    Raises:
+        ProcessFailed: it ended early or raised an error.
+    """
+    return next(fresh_rows(partial(_only, work), arguments, named))
+
+
+def _only(work: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Iterator[Any]:
+    yield work(*arguments, **named)
+
+
 def _yield_all(ends: Connection, work: Callable[..., Iterator[Any]], *arguments: Any) -> None:
     for row in work(*arguments):
         ends.send(("row", row))
@@ -79,11 +105,13 @@ def _yield_all(ends: Connection, work: Callable[..., Iterator[Any]], *arguments:
 def _run(work: Callable[..., None], ends: Connection, *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; this process ends with it
     threading.Thread(target=_follow_parent, daemon=True).start()
-    from ..source import quiet_transformers
+    from .source import quiet_transformers
 
     quiet_transformers()
     try:
         work(ends, *arguments)
+    except GateSkipError as error:
+        ends.send(("error", str(error)))
     except Exception as error:  # noqa: BLE001 told to the parent as what it is, whatever it is
         traceback.print_exc(file=sys.stderr)
         ends.send(("error", f"{type(error).__name__}: {error}"))

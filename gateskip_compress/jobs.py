@@ -1,0 +1,168 @@
+"""Time a checkpoint, or let it write: what `gateskip bench` and `generate` do, and a run does in fresh processes."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TextStreamer
+
+from .gating.dial import budget as turned_to
+from .gating.dial import dial_of
+from .measure import disk_bytes, environment, measure_speed
+from .quantization.linear import unpacked
+from .runtime.choose import choose_runtime, measure_session
+from .runtime.session import Session
+from .source import load
+from .speculation.acceptance import Acceptance
+from .speculation.decode import self_speculative
+from .text import chat_prompt
+
+Tell = Callable[[str], object]
+
+
+def _silent(_message: str) -> None:
+    """Tells nobody."""
+
+
+def bench(
+    source: str,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    runs: int,
+    budget: float | None = None,
+    speculate: bool = False,
+    unpack: bool = False,
+    runtime: str = "auto",
+    tell: Tell = _silent,
+) -> dict[str, Any]:
+    """Time prefill and decode at batch 1.
+
+    Args:
+        source: As in `source.load`.
+        prompt_tokens: Of a seeded random prompt.
+        new_tokens: To decode.
+        runs: Timed repetitions, after a warm-up.
+        budget: Share of multiply-adds to run; None leaves the model's own.
+        speculate: Decode self-speculatively.
+        unpack: Hold quantized weights as float.
+        runtime: As in `choose_runtime`.
+        tell: As in `choose_runtime`.
+
+    Raises:
+        ValueError: a number is out of range.
+        GateSkipError: the model cannot be loaded, or not run so.
+    """
+    for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
+        if value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    model, _ = load(source)
+    session = _session(model, runtime, prompt_tokens + new_tokens + 1, tell, unpack=unpack, speculate=speculate)
+    with turned(model, budget), unpacked(model) if unpack else nullcontext():
+        if session is None:
+            speed = measure_speed(model, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+        else:
+            speed = measure_session(session, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+    folder = Path(source)
+    return {
+        **asdict(speed),
+        "disk_bytes": disk_bytes(folder) if folder.is_dir() else None,
+        "batch": 1,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "runtime": "torch" if session is None else f"native, {session.kernels}",
+        **environment(model),
+    }
+
+
+def generate(
+    source: str,
+    prompt: str,
+    *,
+    new_tokens: int,
+    budget: float | None = None,
+    speculate: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    unpack: bool = False,
+    runtime: str = "auto",
+    stream: bool = False,
+    tell: Tell = _silent,
+) -> tuple[dict[str, Any], Acceptance]:
+    """Decode after a prompt.
+
+    Args:
+        source: As in `source.load`.
+        prompt: Goes through the chat template where there is one.
+        new_tokens: To decode, at most.
+        budget: As in `bench`.
+        speculate: As in `bench`.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        seed: Of what is drawn.
+        unpack: As in `bench`.
+        runtime: As in `bench`.
+        stream: Print the text as it comes.
+        tell: As in `choose_runtime`.
+
+    Returns:
+        Text and counts; and how drafts fared.
+
+    Raises:
+        ValueError: a number is out of range.
+        GateSkipError: the model cannot be loaded, or not run so.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"--temperature {temperature} must not be negative")
+    model, tokenizer = load(source)
+    ids = chat_prompt(tokenizer, prompt).to(model.device)
+    session = _session(model, runtime, ids.shape[1] + new_tokens, tell, unpack=unpack, speculate=speculate)
+    counts, run = Acceptance(), model.generate if session is None else session.generate
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # pyright: ignore[reportArgumentType]
+    extra: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:  # nothing but the temperature, whatever the model's own config says
+        extra = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
+    if speculate and session is None:  # transformers does not hand the streamer on
+        extra |= {"custom_generate": partial(self_speculative, streamer=streamer), "acceptance": counts}
+    elif speculate:
+        extra |= {"speculate": True, "acceptance": counts}
+    with turned(model, budget), unpacked(model) if unpack else nullcontext():
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "pad_token_id": pad}
+        out: Any = run(ids, streamer=streamer, **settings, **extra)  # pyright: ignore[reportArgumentType]
+    new = out[0, ids.shape[1] :].tolist()
+    result = {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "token_ids": new,
+        "accepted_share": counts.accepted_share,
+        "tokens_per_verify": counts.tokens_per_verify,
+        "drafted_tokens": counts.drafted,
+        "accepted_tokens": counts.accepted,
+        "verifies": counts.verifies,
+        "plain_steps": counts.plain_steps,
+        "reread_tokens": counts.repeated,
+        **counts.time_shares,
+    }
+    return result, counts
+
+
+def turned(model: PreTrainedModel, share: float | None) -> AbstractContextManager[object]:
+    """The model at a budget inside the `with`; at its own where none is given."""
+    return nullcontext() if share is None else turned_to(model, share)
+
+
+def _session(
+    model: PreTrainedModel, runtime: str, context_tokens: int, tell: Tell, *, unpack: bool, speculate: bool
+) -> Session | None:
+    """A native session, or None for torch; why not native is told."""
+    if speculate:
+        dial_of(model)  # raises where nothing could draft
+    if unpack and runtime == "native":
+        raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell)
