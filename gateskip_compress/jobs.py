@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, TextStreamer
 
 from .gating.dial import budget as turned_to
 from .gating.dial import dial_of
-from .measure import disk_bytes, environment, measure_speed
+from .measure import Stopwatch, disk_bytes, environment, measure_speed, random_prompt
 from .quantization.linear import unpacked
-from .runtime.choose import choose_runtime, measure_session
+from .runtime.choose import choose_runtime
 from .runtime.session import Session
+from .runtime.watch import SessionWatch
 from .source import load
 from .speculation.acceptance import Acceptance
 from .speculation.decode import self_speculative
@@ -63,10 +64,12 @@ def bench(
     model, _ = load(source)
     session = _session(model, runtime, prompt_tokens + new_tokens + 1, tell, unpack=unpack, speculate=speculate)
     with turned(model, budget), unpacked(model) if unpack else nullcontext():
+        prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens)
         if session is None:
-            speed = measure_speed(model, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+            watch = Stopwatch(model, prompt.to(model.device), new_tokens, speculate)
         else:
-            speed = measure_session(session, prompt_tokens, new_tokens, runs=runs, speculate=speculate)
+            watch = SessionWatch(session, prompt, new_tokens, speculate)
+        speed = measure_speed(watch, runs)
     folder = Path(source)
     return {
         **asdict(speed),

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -101,26 +101,44 @@ class Stopwatch:
         return _seconds(call, self.model.device)
 
 
-def measure_speed(
-    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, *, runs: int = 3, speculate: bool = False
-) -> Speed:
-    """Time batch 1, see `Stopwatch`, on a prompt of seeded random ids.
+@runtime_checkable
+class Watch(Protocol):
+    """Times a model on a prompt: `Stopwatch`, or that of another runtime."""
+
+    acceptance: Acceptance
+
+    @property
+    def prompt(self) -> Int[Tensor, "b t"]:
+        """What it runs on."""
+        ...
+
+    @property
+    def new_tokens(self) -> int:
+        """What it adds."""
+        ...
+
+    def warm_up(self) -> None:
+        """Before anything is timed."""
+        ...
+
+    def prefill(self) -> float:
+        """Seconds of the prompt."""
+        ...
+
+    def decode(self) -> float:
+        """Seconds of the new tokens."""
+        ...
+
+
+def measure_speed(watch: Watch, runs: int) -> Speed:
+    """Time a prompt, see `Stopwatch`.
 
     Peak bytes are the process's own: for a clean number, use a fresh one.
-
-    Args:
-        model: At the budget it is set to.
-        prompt_tokens: Length of the prompt.
-        new_tokens: Tokens to decode.
-        runs: Timed repetitions.
-        speculate: Decode self-speculatively.
     """
-    prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens).to(model.device)
-    watch = Stopwatch(model, prompt, new_tokens, speculate)
     watch.warm_up()
     prefill_s = [watch.prefill() for _ in range(runs)]
     decode_s = [watch.decode() for _ in range(runs)]
-    return Speed.of(prompt, new_tokens, prefill_s, decode_s, watch.acceptance)
+    return Speed.of(watch.prompt, watch.new_tokens, prefill_s, decode_s, watch.acceptance)
 
 
 def random_prompt(vocabulary: int, tokens: int) -> Int[Tensor, "1 t"]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest
-from .errors import GateSkipError, PipelineError, RuntimeUnavailable, UnsupportedModel
+from .errors import GateSkipError, PipelineError
 from .evaluate import COUNTED_PASSAGES, Quality, Reference, evaluate
 from .folders import write_whole
 from .fresh import ProcessFailed, fresh_value, start_server
@@ -33,8 +33,7 @@ from .pipeline import apply, settings, start
 from .quantization.linear import unpacked
 from .recipe import Recipe
 from .report import write_report
-from .runtime.extension import extension
-from .runtime.lower import check_lowerable
+from .runtime.choose import why_not_native
 from .source import cache_folder, load
 from .step import Context, Transform
 from .text import SELF, Passage, packed, passages, self_written, windows
@@ -242,12 +241,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _runtime(original: PreTrainedModel) -> dict[str, Any]:
     """One runtime for all stages, so that their speeds compare: the native one, where it knows the original."""
-    try:
-        extension()
-        check_lowerable(original, 1)
-    except (RuntimeUnavailable, UnsupportedModel):
-        return {"runtime": "torch", "unpack": True}
-    return {"runtime": "auto"}
+    return {"runtime": "auto"} if why_not_native(original, 1) is None else {"runtime": "torch", "unpack": True}
 
 
 def _curve(

@@ -105,6 +105,12 @@ def test_numbers_of_speculation_are_those_of_its_gates(place, report):
     for size, batch in zip(whole["speed"]["sizes"], TIMING["batches"], strict=True):
         assert size["batch"] == batch
         assert len(size["decode_s"]) == len(size["original_decode_s"]) == TIMING["runs"]
+    assert whole["speed"]["runtime"] == "torch"
+    assert "one sequence at a time, not for 2" in whole["speed"]["not_native"]
+    quantized = cells["prune + quantize"]["speed"]
+    assert quantized["runtime"].startswith("native, ")
+    assert quantized["not_native"] is None
+    assert report["runtimes"] == [quantized["runtime"], "torch"]
     assert [step["step"] for step in whole["quality"]["compression"]["steps"]] == ["gateskip", "self_speculation"]
     assert whole["quality"]["environment"]["threads"] == 1
     assert [list(step) for step in whole["quality"]["steps"]] == [["gateskip"], ["self_speculation"]]

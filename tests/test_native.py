@@ -174,6 +174,21 @@ def test_speculation_changes_no_token(small, session, extra):
     assert counts.drafted > 0
 
 
+@pytest.mark.parametrize("extra", [{}, dict(top_k=5, repetition_penalty=1.2), dict(draft_budget=0.4, draft_tokens=7)])
+def test_speculation_draws_what_plain_decoding_draws(small, session, extra):
+    counts = Acceptance()
+    for seed in range(4):
+        ids = tokens(1, 9, seed=30 + seed).repeat(1, 3)
+        plain = {name: value for name, value in extra.items() if not name.startswith("draft")}
+        settings = dict(max_new_tokens=60, do_sample=True, temperature=0.3)
+        torch.manual_seed(seed)
+        expected = session.generate(ids, **settings, **plain)
+        torch.manual_seed(seed)
+        assert torch.equal(session.generate(ids, **settings, **extra, speculate=True, acceptance=counts), expected)
+    assert counts.drafted > 0
+    assert "repetition_penalty" in extra or counts.accepted > 0
+
+
 def test_speculation_by_looking_up_needs_no_gates_and_fills_the_cache_to_its_end():
     model = tiny()
     session, counts = lower(model, context_tokens=64), Acceptance()
@@ -253,11 +268,10 @@ def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
         (tokens(4, 5), {}, "4 sequences, and the cache has 3 rows"),
         (tokens(1, 5), dict(num_beams=2), "num_beams 2"),
         (tokens(2, 5), dict(speculate=True), "one sequence at a time"),
-        (tokens(1, 5), dict(speculate=True, do_sample=True), "greedily"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be from 1"),
         (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
     ],
-    ids=["context", "id", "negative id", "rows", "beams", "batch", "sampling", "draft", "draft budget"],
+    ids=["context", "id", "negative id", "rows", "beams", "batch", "draft", "draft budget"],
 )
 def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -85,5 +85,11 @@ def made_up(losses, seconds, **changes):
             size |= {"prefill_s": [own, own], "original_prefill_s": [6.0, 6.0]}
             size |= {"decode_s": [own, 2 * own, own], "original_decode_s": [6.0, 12.0, 6.0]}
             memory = 100 - 20 * len(cell.parts)
-            rows[cell.id, "speed", settings["speed"]] = {"status": "done", "sizes": [size], "memory_bytes": memory}
+            rows[cell.id, "speed", settings["speed"]] = {
+                "status": "done",
+                "runtime": "torch",
+                "not_native": None,
+                "sizes": [size],
+                "memory_bytes": memory,
+            }
     return spec, cells, rows

@@ -66,6 +66,7 @@ def derive(
         "evaluation": spec.evaluation.model_dump(),
         "tasks": spec.tasks and spec.tasks.model_dump(),
         "timing": spec.timing and spec.timing.model_dump(),
+        "runtimes": sorted({e["speed"]["runtime"] for e in done if (e["speed"] or {}).get("status") == "done"}),
         "metrics": {name: asdict(metric) for name, metric in known.items()},
         "columns": columns,
         "parts": list(spec.parts),

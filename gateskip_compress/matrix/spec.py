@@ -40,13 +40,15 @@ class Questions(Part):
 class Timing(Part):
     """What is timed: each batch with each prompt, in pairs with the original; the first of both is the headline.
 
-    With `unpack`, quantized layers hold float matrices, which is faster than writing them out anew and saves no memory.
+    The native runtime takes both of a pair, where it can; else torch takes both, and the row says why. There, with
+    `unpack`, quantized layers hold float matrices, which is faster than writing them out anew and saves no memory.
     """
 
     batches: list[int] = Field([1], min_length=1)
     prompt_tokens: list[int] = Field([256], min_length=1)
     new_tokens: int = Field(32, ge=2)
     runs: int = Field(5, ge=1)
+    runtime: Literal["auto", "native", "torch"] = "auto"
     unpack: bool = False
 
     @property

@@ -17,8 +17,12 @@ import torch
 from ..errors import GateSkipError
 from ..fresh import ProcessFailed, ended, fresh_process, stop
 from ..gating.dial import budget
-from ..measure import Stopwatch, environment, forget_peak, held_bytes, peak_bytes
+from ..measure import Stopwatch, Watch, environment, forget_peak, held_bytes, peak_bytes
 from ..quantization.linear import unpacked
+from ..runtime.choose import why_not_native
+from ..runtime.extension import kernel_names
+from ..runtime.lower import lower
+from ..runtime.watch import SessionWatch
 from ..source import load
 from .spec import Timing
 from .store import Row
@@ -37,10 +41,17 @@ class Subject:
 
 
 class Rival:
-    """A process that holds one model and takes one sample whenever it is asked."""
+    """A process that holds one model and takes one sample whenever it is asked.
+
+    Args:
+        process: It.
+        ends: Our end of the connection.
+        why_not: What keeps the native runtime from its model, once that is loaded.
+    """
 
     def __init__(self, process: Any, ends: Connection) -> None:
         self.process, self.ends = process, ends
+        self.why_not: str | None = None
 
     def ask(self, *question: Any) -> Any:
         """Send a request and wait for what comes of it.
@@ -67,14 +78,23 @@ def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
     process, ends = fresh_process(_serve, subject, timing.new_tokens, timing.unpack)
     try:
         found = Rival(process, ends)
-        found.ask("load")
+        found.why_not = found.ask("load", *map(max, zip(*timing.sizes, strict=True)))
         yield found
     finally:
         stop(process)
 
 
 def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) -> Row:
-    """Samples of every size, cell and original in turn, and the cell's memory; a size that is refused says why."""
+    """Samples of every size, cell and original in turn, and the cell's memory; a size that is refused says why.
+
+    Raises:
+        ValueError: the native runtime was asked for, and cannot run one of them.
+    """
+    why_not = cell.why_not or original.why_not
+    if timing.runtime == "native" and why_not is not None:
+        raise ValueError(why_not)
+    native = timing.runtime != "torch" and why_not is None
+    runtime, _ = (who.ask("take", native) for who in (cell, original))
     sizes = []
     for (batch, prompt_tokens), prompt in zip(timing.sizes, prompts, strict=True):
         size: Row = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": timing.new_tokens}
@@ -90,7 +110,8 @@ def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) ->
         except ValueError as error:
             size["refused"] = str(error)
         sizes.append(size)
-    return {"sizes": sizes, **cell.ask("memory")}
+    said = why_not if timing.runtime == "auto" else None
+    return {"runtime": runtime, "not_native": said, "sizes": sizes, **cell.ask("memory")}
 
 
 @dataclass
@@ -102,10 +123,11 @@ class _Stand:
     unpack: bool
     held: ExitStack = field(default_factory=ExitStack)
     before_bytes: int = 0
-    watch: Stopwatch | None = None
+    watch: Watch | None = None
+    native: bool = False
     whole: bool = False
 
-    def load(self) -> None:
+    def load(self, batch: int, prompt_tokens: int) -> str | None:
         torch.set_num_threads(self.subject.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.before_bytes = held_bytes(device)
@@ -113,14 +135,26 @@ class _Stand:
         self.model.to(device)
         if self.subject.budget is not None:
             self.held.enter_context(budget(self.model, self.subject.budget))
-        if self.unpack:
+        if self.speculates and batch > 1:
+            return f"the native runtime speculates for one sequence at a time, not for {batch}"
+        return why_not_native(self.model, self._context(prompt_tokens))
+
+    def take(self, native: bool) -> str:
+        self.native = native
+        if self.unpack and not native:
             self.held.enter_context(unpacked(self.model))
-        self.whole = not forget_peak(device)
+        self.whole = not forget_peak(self.model.device)
+        return f"native, {kernel_names()[0]}" if native else "torch"
 
     def prompt(self, ids: list[list[int]]) -> None:
         prompt = torch.tensor(ids, device=self.model.device)
-        speculates = getattr(self.model, "self_speculation", None) is not None
-        self.watch = Stopwatch(self.model, prompt, self.new_tokens, speculate=speculates)
+        self.watch = None  # its memory goes before there is another
+        if self.native:
+            context, threads = self._context(prompt.shape[1]), self.subject.threads
+            session = lower(self.model, context_tokens=context, rows=len(prompt), threads=threads)
+            self.watch = SessionWatch(session, prompt, self.new_tokens, self.speculates)
+        else:
+            self.watch = Stopwatch(self.model, prompt, self.new_tokens, self.speculates)
         self.watch.warm_up()
 
     def prefill(self) -> float:
@@ -144,7 +178,14 @@ class _Stand:
         }
 
     @property
-    def _watch(self) -> Stopwatch:
+    def speculates(self) -> bool:
+        return getattr(self.model, "self_speculation", None) is not None
+
+    def _context(self, prompt_tokens: int) -> int:
+        return prompt_tokens + self.new_tokens + 1
+
+    @property
+    def _watch(self) -> Watch:
         if self.watch is None:
             raise ValueError("a prompt comes first")
         return self.watch

@@ -19,7 +19,7 @@ from ..gating.dial import dial_of, is_gated
 from ..speculation.acceptance import Acceptance
 from .extension import extension
 from .pack import vocabulary_size
-from .speculate import Speculator
+from .speculate import Speculator, choose
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Session:
             stopping_criteria: From transformers; asked after every token.
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
-            speculate: Guess tokens and verify them, see `speculate.py`; greedy, one sequence; the text stays the same.
+            speculate: Guess tokens and verify them, see `speculate.py`; one sequence; the text stays the same.
             draft_budget: Of gate drafts; None takes the pipeline step's, and where that has none looks up alone.
             draft_tokens: Guessed at a time; None takes the pipeline step's, or 4.
             acceptance: Counts are added to it.
@@ -109,17 +109,18 @@ class Session:
         """
         del model
         self.check(input_ids, generation_config)
+        sampled = bool(generation_config.do_sample)
         if speculate:
             step = getattr(self.model, "self_speculation", None)
             share = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
             tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", 4)
-            self._check_speculation(input_ids, generation_config, share, tokens)
+            self._check_speculation(input_ids, share, tokens)
             text = input_ids[0].tolist()
             if len(text) > 1:
                 self.prefill(input_ids[0, :-1].numpy())
-            speculator = Speculator(self, text, logits_processor, tokens, share, acceptance or Acceptance())
+            speculator = Speculator(self, text, logits_processor, sampled, tokens, share, acceptance or Acceptance())
             return _follow(speculator, input_ids, stopping_criteria, streamer)
-        sampled, prompts = bool(generation_config.do_sample), _prompts(input_ids, model_kwargs.get("attention_mask"))
+        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         processed = sampled or len(logits_processor) > 0
         steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
         positions = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
@@ -142,11 +143,9 @@ class Session:
             step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
             positions, best, logits = positions + 1, step.best, step.logits
 
-    def _check_speculation(
-        self, ids: Int[Tensor, "b t"], config: GenerationConfig, draft_budget: float | None, draft_tokens: int
-    ) -> None:
-        if config.do_sample or len(ids) != 1:
-            raise ValueError("speculation decodes greedily, one sequence at a time: use speculate=False")
+    def _check_speculation(self, ids: Int[Tensor, "b t"], draft_budget: float | None, draft_tokens: int) -> None:
+        if len(ids) != 1:
+            raise ValueError(f"the native runtime speculates for one sequence at a time, not for {len(ids)}")
         most = extension().WINDOW - 1
         if not 1 <= draft_tokens <= most:
             raise ValueError(f"draft_tokens {draft_tokens} must be from 1 to {most}")
@@ -244,16 +243,6 @@ def _follow(
     if streamer is not None:
         streamer.end()
     return ids
-
-
-def choose(
-    ids: Int[Tensor, "b t"], logits: Float[Tensor, "b v"], processors: LogitsProcessorList, sampled: bool
-) -> Int[Tensor, " b"]:
-    """The next token of each sequence, as transformers chooses it."""
-    scores = processors(ids, logits)
-    if not sampled:
-        return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
 
 
 def _prompts(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[Int[np.ndarray, " _t"]]:

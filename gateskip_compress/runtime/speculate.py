@@ -1,8 +1,10 @@
 """Speculative decoding in the native runtime: guess a few tokens, verify them in one call, keep what stands.
 
 A guess is what followed the last two or three tokens where they stood before in the text, if they did (prompt lookup);
-else the model's own under a lower budget of its gates, if it has any. A call of k tokens gives the bits of k calls of
-one, so the text is plain greedy decoding's. What was guessed wrong stays in the cache beyond the text's end, where
+else the model's own best tokens under a lower budget of its gates, if it has any. A call of k tokens gives the bits of
+k calls of one, so the text is plain decoding's: greedy, or sampled from the same seed. There a guess stands if it is
+the token that plain decoding draws: as likely as by speculative sampling (arXiv 2211.17192), since a guess is certain
+to be guessed. What was guessed wrong stays in the cache beyond the text's end, where
 nobody looks before it is written over. Each kind of guess is measured against plain decoding as it goes, and rests
 where it loses.
 """
@@ -14,13 +16,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..gating.dial import budget
 from ..speculation.acceptance import Acceptance
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import Session, Step
 
 _NGRAMS = (3, 2)
 """Lengths of what is looked up, the first first."""
@@ -73,6 +77,7 @@ class Speculator:
         session: Its cache's first row holds all of the text but the last token.
         text: Prompt and tokens so far; grows.
         processors: Applied alike to every choice.
+        sampled: Draw tokens, by torch's global generator.
         tokens: Guessed at a time.
         draft_budget: Of gate drafts; None drafts by looking up alone.
         counts: Are added to.
@@ -81,6 +86,7 @@ class Speculator:
     session: "Session"
     text: list[int]
     processors: LogitsProcessorList
+    sampled: bool
     tokens: int
     draft_budget: float | None
     counts: Acceptance
@@ -95,16 +101,18 @@ class Speculator:
             began = perf_counter()
             rate, guess = self._guess(min(self.tokens, self.session.context_tokens - len(self.text)))
             drafted = perf_counter()
-            found = self.choices(guess)
-            stands = 0
-            while stands < len(guess) and guess[stands] == found[stands]:
-                stands += 1
+            step, found = self._run(self.text, guess), []
+            for place in range(len(guess) + 1):  # as many draws as tokens that stand
+                found.append(self._choice(step, place, self.text + guess[:place], sampled=self.sampled))
+                if place < len(guess) and found[place] != guess[place]:
+                    break
+            stands = len(found) - 1
             ended = perf_counter()
             rate.measure(stands + 1, ended - began)
             if rate is not self.plain and rate.tokens_per_s < self.plain.tokens_per_s:
                 rate.rests_until, rate.tokens_per_s = len(self.text) + _REST_TOKENS, 0.0
             self._count(len(guess), stands, drafted - began, ended - drafted)
-            for token in found[: stands + 1]:
+            for token in found:
                 self.text.append(token)
                 yield token
 
@@ -132,15 +140,28 @@ class Speculator:
         with budget(self.session.model, self.draft_budget):
             guess: list[int] = []
             for _ in range(count):
-                guess += self.choices([], guess)
+                text = self.text + guess
+                guess.append(self._choice(self._run(text, []), 0, text, sampled=False))
         return self.gates, guess
 
-    def choices(self, guess: list[int], before: list[int] | None = None) -> list[int]:
-        """The next token after the text and `before`, and after each guessed one on top of them."""
-        text = self.text + (before or [])
+    def _run(self, text: list[int], guess: list[int]) -> "Step":
+        """What the text's last token and each guessed one after it give."""
         ids, wanted = np.array([text[-1], *guess]), len(guess) + 1
-        step = self.session.run_row(ids, 0, len(text) - 1, wanted=wanted, logits=len(self.processors) > 0)
+        logits = self.sampled or len(self.processors) > 0
+        return self.session.run_row(ids, 0, len(text) - 1, wanted=wanted, logits=logits)
+
+    def _choice(self, step: "Step", place: int, text: list[int], *, sampled: bool) -> int:
+        """The token after a text, by one place of a call."""
         if step.logits is None:
-            return step.best.tolist()
-        whole = torch.tensor([text + guess])
-        return [int(self.processors(whole[:, : len(text) + i], step.logits[i : i + 1]).argmax()) for i in range(wanted)]
+            return int(step.best[place])
+        return int(choose(torch.tensor([text]), step.logits[place : place + 1], self.processors, sampled))
+
+
+def choose(
+    ids: Int[Tensor, "b t"], logits: Float[Tensor, "b v"], processors: LogitsProcessorList, sampled: bool
+) -> Int[Tensor, " b"]:
+    """The next token of each sequence, as transformers chooses it."""
+    scores = processors(ids, logits)
+    if not sampled:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
