@@ -165,9 +165,13 @@ def card(manifest: Manifest) -> str:
 
 
 def _align(model: PreTrainedModel) -> None:
-    """Move tensors off odd addresses of the mapped file, in place: products there may differ in their last bit."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+    """Move tensors off odd addresses of the mapped file, in place: products there may differ in their last bit.
+
+    If one moves, all do: then the file is no longer mapped, and no tensor is in memory twice.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.data_ptr() % _ALIGNMENT_BYTES for tensor in tensors):
+        for tensor in tensors:
             tensor.data = tensor.data.clone()
 
 
