@@ -66,9 +66,9 @@ def bench(
     with turned(model, budget), unpacked(model) if unpack else nullcontext():
         prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens)
         if session is None:
-            watch = Stopwatch(model, prompt.to(model.device), new_tokens, speculate)
+            watch = Stopwatch(prompt.to(model.device), new_tokens, model, speculate=speculate)
         else:
-            watch = SessionWatch(session, prompt, new_tokens, speculate)
+            watch = SessionWatch(prompt, new_tokens, session, speculate=speculate)
         speed = measure_speed(watch, runs)
     folder = Path(source)
     return {

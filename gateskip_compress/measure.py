@@ -6,13 +6,14 @@ import resource
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -57,30 +58,27 @@ class Speed:
 
 
 @dataclass
-class Stopwatch:
+class Watch(ABC):
     """Times a model on one prompt; each call of `prefill` or `decode` gives one sample, in seconds.
 
     Args:
-        model: At the budget it is set to.
         prompt: Token ids.
         new_tokens: Tokens that `decode` adds to each row; end tokens do not stop it.
         speculate: Decode self-speculatively.
         acceptance: What was drafted and accepted since the warm-up.
     """
 
-    model: PreTrainedModel
     prompt: Int[Tensor, "b t"]
     new_tokens: int
-    speculate: bool = False
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    speculate: bool = field(default=False, kw_only=True)
+    acceptance: Acceptance = field(default_factory=Acceptance, kw_only=True)
 
-    @torch.inference_mode()
+    @abstractmethod
     def prefill(self) -> float:
         """One pass over the prompt, last logits only: also the time to the first token."""
-        return _seconds(lambda: self.model(self.prompt, use_cache=True, logits_to_keep=1), self.model.device)
 
     def decode(self) -> float:
-        """The whole `generate` call, from a cache that holds all but the prompt's last token; greedy."""
+        """The new tokens, greedily."""
         return self._decode(self.new_tokens)
 
     def warm_up(self) -> None:
@@ -88,6 +86,25 @@ class Stopwatch:
         self.prefill()
         self._decode(min(4, self.new_tokens))
         self.acceptance.clear()
+
+    @abstractmethod
+    def _decode(self, tokens: int) -> float: ...
+
+
+@dataclass
+class Stopwatch(Watch):
+    """Times a model on torch. Decoding is the whole `generate` call, from a cache of all but the prompt's last token.
+
+    Args:
+        model: At the budget it is set to.
+    """
+
+    model: PreTrainedModel
+
+    @torch.inference_mode()
+    def prefill(self) -> float:
+        """One pass over the prompt, last logits only: also the time to the first token."""
+        return _seconds(lambda: self.model(self.prompt, use_cache=True, logits_to_keep=1), self.model.device)
 
     @torch.inference_mode()
     def _decode(self, tokens: int) -> float:
@@ -101,37 +118,8 @@ class Stopwatch:
         return _seconds(call, self.model.device)
 
 
-@runtime_checkable
-class Watch(Protocol):
-    """Times a model on a prompt: `Stopwatch`, or that of another runtime."""
-
-    acceptance: Acceptance
-
-    @property
-    def prompt(self) -> Int[Tensor, "b t"]:
-        """What it runs on."""
-        ...
-
-    @property
-    def new_tokens(self) -> int:
-        """What it adds."""
-        ...
-
-    def warm_up(self) -> None:
-        """Before anything is timed."""
-        ...
-
-    def prefill(self) -> float:
-        """Seconds of the prompt."""
-        ...
-
-    def decode(self) -> float:
-        """Seconds of the new tokens."""
-        ...
-
-
 def measure_speed(watch: Watch, runs: int) -> Speed:
-    """Time a prompt, see `Stopwatch`.
+    """Time a prompt.
 
     Peak bytes are the process's own: for a clean number, use a fresh one.
     """

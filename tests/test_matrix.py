@@ -304,6 +304,7 @@ def test_killed_ten_times_it_gives_the_same(place, tmp_path):
             assert broken[cell].get(key) == row.get(key)
         if row["status"] == "done":  # this one ran on one thread, that one too
             assert broken[cell]["samples"] == row["samples"]
+            assert broken[cell]["quality"] == row["quality"]
     time.sleep(5)
     assert _servers() <= before
 

@@ -68,12 +68,7 @@ def made_up(losses, seconds, **changes):
                 "divergences_nats": [1.0, 1.0] if name else [],
                 "agreements": [8, 8] if name else [],
             },
-            "quality": {
-                **quality,
-                "perplexity_low": 1.0,
-                "perplexity_high": 9.0,
-                "macs_per_token": 100.0 - 10 * len(cell.parts),
-            },
+            "quality": {**quality, "perplexity_low": 1.0, "perplexity_high": 9.0},
             "disk_bytes": 1000 // (1 + len(cell.parts)),
             "answers": {},
             "compression": {"seconds": 1.0, "peak_bytes": None, "steps": []},

@@ -152,9 +152,9 @@ class _Stand:
         if self.native:
             context, threads = self._context(prompt.shape[1]), self.subject.threads
             session = lower(self.model, context_tokens=context, rows=len(prompt), threads=threads)
-            self.watch = SessionWatch(session, prompt, self.new_tokens, self.speculates)
+            self.watch = SessionWatch(prompt, self.new_tokens, session, speculate=self.speculates)
         else:
-            self.watch = Stopwatch(self.model, prompt, self.new_tokens, self.speculates)
+            self.watch = Stopwatch(prompt, self.new_tokens, self.model, speculate=self.speculates)
         self.watch.warm_up()
 
     def prefill(self) -> float:
