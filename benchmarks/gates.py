@@ -53,7 +53,7 @@ from gateskip_compress.baselines.random_skip import RandomSkip
 from gateskip_compress.gating.calibrate import calibrate
 from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.macs import branch_costs, ungated_macs_per_token
-from gateskip_compress.measure import environment
+from gateskip_compress.measure import cores, environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start
 from gateskip_compress.precision import quick_products
@@ -258,5 +258,5 @@ def read_questions(folder: Path | None, most: int) -> tuple[dict[str, list[tasks
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(cores())
     main()

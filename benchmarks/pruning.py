@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import gateskip_compress as g
 from gateskip_compress.macs import head_macs, ungated_macs_per_token
-from gateskip_compress.measure import disk_bytes, environment
+from gateskip_compress.measure import cores, disk_bytes, environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.step import Context
@@ -190,5 +190,5 @@ def compared(original: PreTrainedModel, model: PreTrainedModel, runs: int) -> di
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(cores())
     main()

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 import gateskip_compress as g
 from gateskip_compress.formats.read import read_gptq
-from gateskip_compress.measure import environment, held_bytes
+from gateskip_compress.measure import cores, environment, held_bytes
 from gateskip_compress.precision import quick_products
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context
@@ -182,5 +182,5 @@ class Rows:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(cores())
     main()

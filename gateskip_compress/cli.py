@@ -178,6 +178,7 @@ def bench(
         speculate=speculate,
         unpack=unpack,
         runtime=runtime,
+        keep=True,
         tell=problems.print,
     )
     _show(found, as_json)
@@ -209,6 +210,7 @@ def generate(
         seed=seed,
         unpack=unpack,
         runtime=runtime,
+        keep=True,
         stream=not as_json,
         tell=problems.print,
     )

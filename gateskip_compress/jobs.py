@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
+from .checkpoint import MANIFEST
 from .gating.dial import budget as turned_to
 from .gating.dial import dial_of
 from .measure import Stopwatch, disk_bytes, environment, measure_speed, random_prompt
@@ -39,6 +40,7 @@ def bench(
     speculate: bool = False,
     unpack: bool = False,
     runtime: str = "auto",
+    keep: bool = False,
     tell: Tell = _silent,
 ) -> dict[str, Any]:
     """Time prefill and decode at batch 1.
@@ -52,6 +54,7 @@ def bench(
         speculate: Decode self-speculatively.
         unpack: Hold quantized weights as float.
         runtime: As in `choose_runtime`.
+        keep: Packed weights beside a checkpoint of ours, for the next time.
         tell: As in `choose_runtime`.
 
     Raises:
@@ -62,7 +65,9 @@ def bench(
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     model, _ = load(source)
-    session = _session(model, runtime, prompt_tokens + new_tokens + 1, tell, unpack=unpack, speculate=speculate)
+    beside = _checkpoint(source) if keep else None
+    context_tokens = prompt_tokens + new_tokens + 1
+    session = _session(model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=beside)
     with turned(model, budget), unpacked(model) if unpack else nullcontext():
         prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens)
         if session is None:
@@ -93,6 +98,7 @@ def generate(
     seed: int = 0,
     unpack: bool = False,
     runtime: str = "auto",
+    keep: bool = False,
     stream: bool = False,
     tell: Tell = _silent,
 ) -> tuple[dict[str, Any], Acceptance]:
@@ -108,6 +114,7 @@ def generate(
         seed: Of what is drawn.
         unpack: As in `bench`.
         runtime: As in `bench`.
+        keep: As in `bench`.
         stream: Print the text as it comes.
         tell: As in `choose_runtime`.
 
@@ -124,7 +131,9 @@ def generate(
         raise ValueError(f"--temperature {temperature} must not be negative")
     model, tokenizer = load(source)
     ids = chat_prompt(tokenizer, prompt).to(model.device)
-    session = _session(model, runtime, ids.shape[1] + new_tokens, tell, unpack=unpack, speculate=speculate)
+    beside = _checkpoint(source) if keep else None
+    context_tokens = ids.shape[1] + new_tokens
+    session = _session(model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=beside)
     counts, run = Acceptance(), model.generate if session is None else session.generate
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # pyright: ignore[reportArgumentType]
     extra: dict[str, Any] = {"do_sample": False}
@@ -161,11 +170,23 @@ def turned(model: PreTrainedModel, share: float | None) -> AbstractContextManage
 
 
 def _session(
-    model: PreTrainedModel, runtime: str, context_tokens: int, tell: Tell, *, unpack: bool, speculate: bool
+    model: PreTrainedModel,
+    runtime: str,
+    context_tokens: int,
+    tell: Tell,
+    *,
+    unpack: bool,
+    speculate: bool,
+    beside: Path | None,
 ) -> Session | None:
     """A native session, or None for torch; why not native is told."""
     if speculate:
         dial_of(model)  # raises where nothing could draft
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
-    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell)
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell, beside=beside)
+
+
+def _checkpoint(source: str) -> Path | None:
+    """The folder, where a source is a checkpoint of ours."""
+    return Path(source) if (Path(source) / MANIFEST).is_file() else None

@@ -1,6 +1,7 @@
 """Whole tiny models in the native runtime against the Hugging Face path on the same codes."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -378,3 +379,60 @@ def test_the_familiar_streamer_works(session, capsys):
 
 def test_families_here_are_known_families():
     assert set(FAMILIES) <= set(FAMILY_CONFIGS)
+
+
+def test_packed_weights_beside_a_checkpoint_are_mapped_and_give_the_same_bits(small, tmp_path):
+    folder, ids = tmp_path / "model", tokens(1, 20)[0]
+    small.save_pretrained(folder)
+    expected = logits_of(lower(small, context_tokens=64), ids).logits
+    first = lower(small, context_tokens=64, beside=folder)
+    (file,) = folder.glob("native.*.packed")
+    written = file.stat().st_mtime_ns
+    again = lower(small, context_tokens=64, beside=folder)
+    assert file.stat().st_mtime_ns == written
+    assert str(file) in Path("/proc/self/maps").read_text()
+    for session in (first, again):
+        assert torch.equal(logits_of(session, ids).logits, expected)
+    assert again.bytes_per_token == first.bytes_per_token
+
+
+@pytest.mark.parametrize("how", ["cut off", "of another checkpoint", "of other settings"])
+def test_packed_weights_that_do_not_belong_are_replaced(small, tmp_path, how):
+    folder, ids = tmp_path / "model", tokens(1, 20)[0]
+    small.save_pretrained(folder)
+    other = tmp_path / "other"
+    compress(tiny(), g.Quantize(group_size=32, bits=8, solver="nearest", clip=False)).save_pretrained(other)
+    lower(small, context_tokens=64, beside=folder)
+    (file,) = folder.glob("native.*.packed")
+    if how == "cut off":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif how == "of another checkpoint":
+        lower(g.load(str(other))[0], context_tokens=64, beside=other)
+        file.write_bytes((other / file.name).read_bytes())
+    else:
+        lower(small, context_tokens=64, beside=folder, head="f32")
+    before = file.read_bytes()
+    found = logits_of(lower(small, context_tokens=64, beside=folder), ids).logits
+    assert torch.equal(found, logits_of(lower(small, context_tokens=64), ids).logits)
+    assert file.read_bytes() != before
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(small, tmp_path, monkeypatch):
+    folder, ids = tmp_path / "model", tokens(1, 20)[0]
+    small.save_pretrained(folder)
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("gateskip_compress.runtime.packed.write_whole", refuse)  # root may write anywhere
+    session = lower(small, context_tokens=64, beside=folder)
+    assert not list(folder.glob("*.packed"))
+    assert torch.equal(logits_of(session, ids).logits, logits_of(lower(small, context_tokens=64), ids).logits)
+
+
+def test_torch_keeps_its_threads_after_decoding_and_after_an_error(session):
+    before = torch.get_num_threads()
+    session.generate(tokens(1, 4), max_new_tokens=2, do_sample=False)
+    with pytest.raises(ValueError, match="draft_budget"):
+        session.generate(tokens(1, 4), max_new_tokens=2, do_sample=False, speculate=True, draft_budget=2.0)
+    assert torch.get_num_threads() == before

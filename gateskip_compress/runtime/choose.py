@@ -1,6 +1,7 @@
 """Native or torch: which of them runs a model."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -24,7 +25,13 @@ def why_not_native(model: PreTrainedModel, context_tokens: int) -> str | None:
 
 
 def choose_runtime(
-    model: PreTrainedModel, runtime: str, context_tokens: int, tell: Callable[[str], object], *, rows: int = 1
+    model: PreTrainedModel,
+    runtime: str,
+    context_tokens: int,
+    tell: Callable[[str], object],
+    *,
+    rows: int = 1,
+    beside: Path | None = None,
 ) -> Session | None:
     """A session, or None where torch runs the model.
 
@@ -34,6 +41,7 @@ def choose_runtime(
         context_tokens: Of the session's cache.
         tell: Gets that reason, once.
         rows: Sequences that decode together at most.
+        beside: As in `lower`.
 
     Raises:
         RuntimeUnavailable: `native` was asked for and is not built.
@@ -43,7 +51,7 @@ def choose_runtime(
     if runtime == "torch":
         return None
     try:
-        return lower(model, context_tokens=context_tokens, rows=rows)
+        return lower(model, context_tokens=context_tokens, rows=rows, beside=beside)
     except (RuntimeUnavailable, UnsupportedModel) as error:
         if runtime == "native":
             raise

@@ -6,6 +6,7 @@ otherwise. Left out: gates that scale (all kinds but `effect`), NF4 and FP4 weig
 the length of the text, windows narrower than the context.
 """
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from ..model import NoMlp, blocks, family_of
 from ..names import check_choice
 from .extension import extension
 from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary_size
+from .packed import PackedFile
 from .session import Session
 
 Half = Literal["f16", "f32"]
@@ -38,6 +40,7 @@ def lower(
     cache: Half = "f16",
     activation_bits: int = 16,
     kernels: str | None = None,
+    beside: Path | None = None,
 ) -> Session:
     """Pack a model's weights for the native runtime.
 
@@ -52,6 +55,8 @@ def lower(
         activation_bits: Of what meets quantized weights: 16 is as exact as the float path and costs one token nothing,
             since the weights must be read all the same; 8 is faster on prompts.
         kernels: Of `kernel_names()`; None is the fastest that fits.
+        beside: The checkpoint that the model was loaded from and still equals: packed weights are kept there, and
+            mapped the next time. None packs into memory.
 
     Raises:
         RuntimeUnavailable: the extension was not built.
@@ -67,10 +72,13 @@ def lower(
     check_choice("activation_bits", activation_bits, (8, 16))
     shape = _shape(native.Shape(), model, context_tokens, rows)
     shape.half_cache, shape.fine = cache == "f16", activation_bits == 16
-    pack = Packer(_fitting(native, kernels, shape.head_dim), floats)
-    layers = [pack.layer(block, _copies(block)) for block in blocks(model)]
+    fitting = _fitting(native, kernels, shape.head_dim)
+    file = PackedFile() if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
+    pack = Packer(fitting, floats, file)
+    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
     shape.inner = pack.widest
     output = pack.head(model.get_output_embeddings(), head)
+    file.keep()
     cos, sin = _rope(model, context_tokens)
     shape.rotated = cos.shape[1]
     rounded = head == "int8" and not is_coded(model.get_output_embeddings())

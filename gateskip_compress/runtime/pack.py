@@ -1,6 +1,6 @@
 """Weights of a Hugging Face model in the order in which the kernels read them, see `native/kernels.h`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from ..gating.gate import Gate
 from ..quantization.groups import GroupWeight, quantize
 from ..quantization.linear import QuantizedLinear
 from .extension import extension
+from .packed import Bytes, PackedFile
 
 Floats = Literal["bf16", "f32"]
 Head = Literal["int8", "bf16", "f32"]
@@ -34,6 +35,7 @@ class Packer:
     Args:
         kernels: Which.
         floats: How float matrices are kept.
+        file: Where packed matrices are kept.
         widest: Most channels that a branch or surrogate has inside, so far.
         bytes_per_token: Of packed weights that a token reads at full budget, so far.
         held: What the native model only points to.
@@ -41,28 +43,29 @@ class Packer:
 
     kernels: str
     floats: Floats
+    file: PackedFile
     widest: int = 0
     bytes_per_token: int = 0
     held: list[Any] = field(default_factory=list, repr=False)
 
-    def layer(self, block: Any, copies: bool) -> Any:
+    def layer(self, index: int, block: Any, copies: bool) -> Any:
         """One block."""
         layer, attention, mlp = extension().Layer(), block.self_attn, block.mlp
         for name in "qkvo":
-            setattr(layer, name, self.matrix(getattr(attention, f"{name}_proj")))
+            setattr(layer, name, self.matrix(f"{index}.{name}", getattr(attention, f"{name}_proj")))
         for name in ("gate", "up", "down"):
-            setattr(layer, name, self.matrix(getattr(mlp, f"{name}_proj")))
+            setattr(layer, name, self.matrix(f"{index}.{name}", getattr(mlp, f"{name}_proj")))
         self.widest = max(self.widest, mlp.gate_proj.out_features)
         for name in ("q_norm", "k_norm"):
             if hasattr(attention, name):
                 setattr(layer, name, vector(getattr(attention, name).weight))
         layer.rotary, layer.copies = bool(getattr(attention, "use_rope", True)), copies
         gates = dict(getattr(block, "gates", {}))
-        layer.attention = self.branch(block.input_layernorm, gates.get("attention"))
-        layer.mlp = self.branch(block.post_attention_layernorm, gates.get("mlp"))
+        layer.attention = self.branch(f"{index}.attention", block.input_layernorm, gates.get("attention"))
+        layer.mlp = self.branch(f"{index}.mlp", block.post_attention_layernorm, gates.get("mlp"))
         return layer
 
-    def branch(self, norm: nn.Module, gate: Gate | None) -> Any:
+    def branch(self, name: str, norm: nn.Module, gate: Gate | None) -> Any:
         """A branch's norm and gate."""
         branch = extension().Branch()
         branch.norm = vector(norm.weight)
@@ -71,67 +74,72 @@ class Packer:
         branch.gated, branch.follows = True, gate.kind is None
         if not branch.follows:
             branch.score, branch.bias = vector(gate.score_weight), float(gate.score_bias.detach())
-        branch.surrogate = self.surrogate(gate)
+        branch.surrogate = self.surrogate(name, gate)
         return branch
 
-    def surrogate(self, gate: Gate) -> Any:
+    def surrogate(self, branch: str, gate: Gate) -> Any:
         """What a gate puts in the branch's place; nobody reads it at full budget, so its bytes are not counted."""
         before, surrogate = self.bytes_per_token, extension().Surrogate()
         if gate.surrogate == "mean":
             surrogate.offset = vector(gate.offset)
         elif gate.surrogate == "lowrank":
-            surrogate.gate, surrogate.down = self.floating(gate.down, None), self.floating(gate.up, gate.offset)
+            surrogate.gate = self.floating(f"{branch}.gate", gate.down, None)
+            surrogate.down = self.floating(f"{branch}.down", gate.up, gate.offset)
             self.widest = max(self.widest, len(gate.down))
         elif gate.surrogate == "narrow":
             for name in ("gate", "up", "down"):
-                setattr(surrogate, name, self.matrix(getattr(gate.narrow, name)))
+                setattr(surrogate, name, self.matrix(f"{branch}.{name}", getattr(gate.narrow, name)))
             self.widest = max(self.widest, gate.narrow.gate.out_features)
         self.bytes_per_token = before
         return surrogate
 
-    def matrix(self, module: nn.Module) -> Any:
+    def matrix(self, name: str, module: nn.Module) -> Any:
         """A projection, quantized or float."""
         if isinstance(module, QuantizedLinear):
-            return self.coded([module.quantized], module.bias)
+            return self.coded(name, module.quantized, module.bias)
         if type(module) is nn.Linear:
-            return self.floating(module.weight, module.bias)
+            return self.floating(name, module.weight, module.bias)
         raise UnsupportedModel(f"the native runtime knows linear and quantized layers, not {type(module).__name__}")
 
     def head(self, module: nn.Module, form: Head) -> Any:
         """The output head; where it has codes of its own, these."""
         if form == "int8" and is_coded(module):
-            return self.matrix(module)
+            return self.matrix("head", module)
         weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType]
         bias = getattr(module, "bias", None)
         if form != "int8":
-            return self.floating(weight, bias, form)
+            return self.floating("head", weight, bias, form)
         slices = (quantize(part.float(), 8, _HEAD_GROUP, symmetric=True) for part in weight.split(_SLICE_ROWS))
-        return self.coded(slices, bias)
+        return self.keep("head", "int8", weight.shape, _HEAD_GROUP, lambda: self.pack("int8", slices), bias)
 
-    def coded(self, slices: Iterable[GroupWeight], bias: Tensor | None) -> Any:
-        """Codes of neighbouring rows, slice by slice, each of whole blocks of rows; 3 bits are kept as 4."""
-        parts, rows, kind, columns, group = [], 0, "", 0, 0
+    def coded(self, name: str, weight: GroupWeight, bias: Tensor | None) -> Any:
+        """A quantized matrix; 3 bits are kept as 4."""
+        if weight.levels is not None:
+            raise UnsupportedModel("NF4 and FP4 weights are no integers; for the native runtime use solver='gptq'")
+        kind = "int8" if weight.bits == 8 else "int4"
+        return self.keep(name, kind, weight.codes.shape, weight.group_size, lambda: self.pack(kind, [weight]), bias)
+
+    def pack(self, kind: str, slices: Iterable[GroupWeight]) -> Bytes:
+        """Codes of neighbouring rows, slice by slice, each of whole blocks of rows."""
+        parts = []
         for part in slices:
-            if part.levels is not None:
-                raise UnsupportedModel("NF4 and FP4 weights are no integers; for the native runtime use solver='gptq'")
-            kind, columns, group = "int8" if part.bits == 8 else "int4", part.codes.shape[1], part.group_size
-            scale = part.scale.detach().float().numpy()
-            parts.append(
-                extension().pack_codes(self.kernels, kind, part.codes.numpy(), scale, part.zero.numpy(), group)
-            )
-            rows += len(part.codes)
-        return self.keep(kind, rows, columns, group, np.concatenate(parts), bias)
+            codes, zero, scale = part.codes.numpy(), part.zero.numpy(), part.scale.detach().float().numpy()
+            parts.append(extension().pack_codes(self.kernels, kind, codes, scale, zero, part.group_size))
+        return np.concatenate(parts)
 
-    def floating(self, weight: Tensor, bias: Tensor | None, form: Floats | None = None) -> Any:
+    def floating(self, name: str, weight: Tensor, bias: Tensor | None, form: Floats | None = None) -> Any:
         """A float matrix."""
-        form = form or self.floats
-        packed = extension().pack_floats(self.kernels, form, weight.detach().float().contiguous().numpy())
-        return self.keep(form, *weight.shape, extension().CHUNK, packed, bias)
+        kind = form or self.floats
+        pack = lambda: extension().pack_floats(self.kernels, kind, weight.detach().float().contiguous().numpy())  # noqa: E731
+        return self.keep(name, kind, weight.shape, extension().CHUNK, pack, bias)
 
-    def keep(self, kind: str, rows: int, columns: int, group: int, packed: np.ndarray, bias: Tensor | None) -> Any:
+    def keep(
+        self, name: str, kind: str, shape: torch.Size, group: int, pack: Callable[[], Bytes], bias: Tensor | None
+    ) -> Any:
         """A matrix, kept alive as long as the model."""
         values = None if bias is None else bias.detach().float().numpy()
-        matrix = extension().HeldMatrix(self.kernels, kind, rows, columns, group, packed, values)
+        packed = self.file.get(name, pack)
+        matrix = extension().HeldMatrix(self.kernels, kind, *shape, group, packed, values)
         self.held.append(matrix)
         self.bytes_per_token += packed.nbytes
         return matrix

@@ -4,6 +4,8 @@ The loop is transformers' `custom_generate`: prompts, processors, stopping crite
 is ours. One call decodes a token for every sequence; prompts go in a window at a time, so that Ctrl-C stops them too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,38 +112,42 @@ class Session:
         del model
         self.check(input_ids, generation_config)
         sampled = bool(generation_config.do_sample)
-        if speculate:
-            step = getattr(self.model, "self_speculation", None)
-            share = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
-            tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", 4)
-            self._check_speculation(input_ids, share, tokens)
-            text = input_ids[0].tolist()
-            if len(text) > 1:
-                self.prefill(input_ids[0, :-1].numpy())
-            speculator = Speculator(self, text, logits_processor, sampled, tokens, share, acceptance or Acceptance())
-            return _follow(speculator, input_ids, stopping_criteria, streamer)
-        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
-        processed = sampled or len(logits_processor) > 0
-        steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
-        positions = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
-        rows = np.arange(len(prompts), dtype=np.int32)
-        ids, alive = input_ids, torch.ones(len(rows), dtype=torch.bool)
-        logits = torch.cat([step.logits for step in steps]) if processed else None
-        best = np.concatenate([step.best for step in steps])
-        while True:
-            chosen = torch.from_numpy(best).long() if logits is None else choose(ids, logits, logits_processor, sampled)
-            if not alive.all():
-                chosen = torch.where(alive, chosen, generation_config._pad_token_tensor)
-            ids = torch.cat((ids, chosen[:, None]), dim=1)
-            if streamer is not None:
-                streamer.put(chosen)
-            alive = alive & ~stopping_criteria(ids, None)
-            if not alive.any():
+        with _torch_in_one_thread():
+            if speculate:
+                step = getattr(self.model, "self_speculation", None)
+                share = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
+                tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", 4)
+                self._check_speculation(input_ids, share, tokens)
+                text = input_ids[0].tolist()
+                if len(text) > 1:
+                    self.prefill(input_ids[0, :-1].numpy())
+                speculator = Speculator(
+                    self, text, logits_processor, sampled, tokens, share, acceptance or Acceptance()
+                )
+                return _follow(speculator, input_ids, stopping_criteria, streamer)
+            prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+            processed = sampled or len(logits_processor) > 0
+            steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
+            positions = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
+            rows = np.arange(len(prompts), dtype=np.int32)
+            ids, alive = input_ids, torch.ones(len(rows), dtype=torch.bool)
+            logits = torch.cat([step.logits for step in steps]) if processed else None
+            best = np.concatenate([step.best for step in steps])
+            while True:
+                greedy = torch.from_numpy(best).long()
+                chosen = greedy if logits is None else choose(ids, logits, logits_processor, sampled)
+                if not alive.all():
+                    chosen = torch.where(alive, chosen, generation_config._pad_token_tensor)
+                ids = torch.cat((ids, chosen[:, None]), dim=1)
                 if streamer is not None:
-                    streamer.end()
-                return ids
-            step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
-            positions, best, logits = positions + 1, step.best, step.logits
+                    streamer.put(chosen)
+                alive = alive & ~stopping_criteria(ids, None)
+                if not alive.any():
+                    if streamer is not None:
+                        streamer.end()
+                    return ids
+                step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
+                positions, best, logits = positions + 1, step.best, step.logits
 
     def _check_speculation(self, ids: Int[Tensor, "b t"], draft_budget: float | None, draft_tokens: int) -> None:
         if len(ids) != 1:
@@ -227,6 +233,17 @@ class Session:
         if dial.thresholds is None or dial.how == "off":
             return None
         return np.array(dial.thresholds, dtype=np.float32)
+
+
+@contextmanager
+def _torch_in_one_thread() -> Iterator[None]:
+    """Keep torch's other threads asleep: after each operation they would spin, on cores that the native ones need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _follow(

@@ -29,11 +29,17 @@ class SessionWatch(Watch):
 
     def _decode(self, tokens: int) -> float:
         times = _Times()
-        settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": ones_like(self.prompt)}
+        # without an end token, not by a processor that forbids it: plain greedy decoding has none
+        settings = {
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "attention_mask": ones_like(self.prompt),
+            "max_new_tokens": tokens + 1,
+        }
         if self.speculate:
             settings |= {"speculate": True, "acceptance": self.acceptance}
-        length = {"min_new_tokens": tokens + 1, "max_new_tokens": tokens + 1}
-        self.session.generate(self.prompt, streamer=times, **length, **settings)
+        self.session.generate(self.prompt, streamer=times, **settings)
         return times.seen[-1] - times.seen[1]  # the prompt is put first, and the first token comes with it
 
 

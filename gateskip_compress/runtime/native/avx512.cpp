@@ -56,6 +56,8 @@ struct Avx512 {
   };
   using Sum8 = Sum4;
   static constexpr float middle8 = 0;
+  static Codes codes8(const uint8_t* p) { return codes(p); }
+  static constexpr bool wide8 = false;
 };
 
 }  // namespace

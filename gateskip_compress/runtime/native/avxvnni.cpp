@@ -27,6 +27,8 @@ struct AvxVnni : Avx2 {
   };
   using Sum8 = Sum4;
   static constexpr float middle8 = 0;
+  static Codes codes8(const uint8_t* p) { return codes(p); }
+  static constexpr bool wide8 = false;
 };
 
 }  // namespace

@@ -116,6 +116,7 @@ Bytes pack_floats_of(const std::string& kernels, const std::string& kind, Floats
 struct OwnActivations : Activations {
   std::vector<float> floats_, scales_, sums_;
   std::vector<int8_t> codes_, fine_;
+  std::vector<int16_t> wide_;
   std::vector<int> tokens;
 
   OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine) {
@@ -126,7 +127,8 @@ struct OwnActivations : Activations {
     scales_.resize(size_t(count) * chunks());
     sums_.resize(scales_.size());
     fine_.resize(with_fine ? floats_.size() : 0);
-    if (with_fine) fine = fine_.data();
+    wide_.resize(fine_.size());
+    if (with_fine) fine = fine_.data(), wide = wide_.data();
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);

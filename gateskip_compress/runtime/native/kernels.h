@@ -25,7 +25,8 @@
 namespace gateskip {
 
 constexpr int kChunk = 32;       // activations that share a scale
-constexpr float kFiner = 1.0f / 254;  // what one step of `fine` is worth
+constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
+constexpr float kFiner = 1.0f / kCoarser;
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 
 enum class Kind { int4, int8, bf16, f32 };
@@ -43,7 +44,8 @@ struct Activations {
   int columns = 0;  // whole chunks
   float* x = nullptr;
   int8_t* q = nullptr;
-  int8_t* fine = nullptr;  // or none: 8 bits
+  int8_t* fine = nullptr;   // or none: 8 bits
+  int16_t* wide = nullptr;  // kCoarser * q + fine, where there is `fine`
   float* scale = nullptr;  // per chunk
   float* sum = nullptr;    // per chunk: scale * the sum of its codes
 

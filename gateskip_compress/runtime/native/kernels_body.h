@@ -2,9 +2,11 @@
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
 // of them), bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
-// in all lanes); Sum4 and Sum8, which add up codes times activations, and `middle8`, what Sum8 takes off each code.
+// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations; and, where
+// `wide8` is true, wide, the sum of a chunk's 8-bit codes times 16-bit activations.
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -13,6 +15,17 @@ namespace {  // each instruction set keeps its own copy: the linker must not pic
 
 template <class V>
 using F = typename V::F;
+
+// each(0) .. each(T - 1), with constants: arrays indexed by nothing else live in registers.
+template <class Each, int... t>
+inline __attribute__((always_inline)) void unrolled(Each each, std::integer_sequence<int, t...>) {
+  (each(std::integral_constant<int, t>()), ...);
+}
+
+template <int T, class Each>
+inline __attribute__((always_inline)) void unrolled(Each each) {
+  unrolled(each, std::make_integer_sequence<int, T>());
+}
 
 template <class V>
 inline float total(F<V> v) {
@@ -46,12 +59,15 @@ inline F<V> exponential(F<V> x) {
 
 // ---- products
 
+constexpr int kAhead = 2048;  // bytes that are fetched early: the processor's own guesses start anew on each page
+
 template <class V, Kind K>
 struct Coded;
 
 template <class V>
 struct Coded<V, Kind::int4> {
   using Sum = typename V::Sum4;
+  static constexpr int bytes = kChunk / 2 * V::lanes;
   static constexpr float middle = 0;
   static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
     for (int i = 0; i < 8; i += 2, at += 4 * V::lanes) {
@@ -66,45 +82,60 @@ struct Coded<V, Kind::int4> {
 template <class V>
 struct Coded<V, Kind::int8> {
   using Sum = typename V::Sum8;
+  static constexpr int bytes = kChunk * V::lanes;
   static constexpr float middle = V::middle8;
   static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
-    for (int i = 0; i < 8; ++i, at += 4 * V::lanes) codes[i] = V::codes(at);
+    for (int i = 0; i < 8; ++i, at += 4 * V::lanes) codes[i] = V::codes8(at);
     return at;
   }
 };
 
 // The codes of a chunk times one token's, for every row of the block: a whole number.
 template <class V, Kind K>
-inline F<V> chunk_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
+inline F<V> codes_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
   typename Coded<V, K>::Sum sum;
   for (int i = 0; i < 8; ++i) sum.add(codes[i], V::quad(q + 4 * i));
   return sum.value();
 }
 
+// The same with a token's fine codes, in steps of its scale.
+template <class V, Kind K, bool fine>
+inline F<V> chunk_dot(const typename V::Codes (&codes)[8], const Activations& a, size_t place) {
+  if constexpr (K == Kind::int8 && fine && V::wide8) {
+    return V::wide(codes, a.wide + place * kChunk) * V::set(kFiner);
+  } else {
+    const F<V> dot = codes_dot<V, K>(codes, a.q + place * kChunk);
+    if constexpr (!fine) return dot;
+    return V::fma(codes_dot<V, K>(codes, a.fine + place * kChunk), V::set(kFiner), dot);
+  }
+}
+
 // One block of rows times T tokens. The chunk's codes stay in registers while the tokens pass.
-template <class V, Kind K, int T>
+template <class V, Kind K, int T, bool fine>
 inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
   using C = Coded<V, K>;
   const int chunks = (m.columns + kChunk - 1) / kChunk, per_group = m.group / kChunk;
+  size_t from[T];
+  unrolled<T>([&](auto t) { from[t] = size_t(tokens[t]) * a.chunks(); });
   for (int chunk = 0; chunk < chunks;) {
     const F<V> s = V::load(reinterpret_cast<const float*>(at));
     const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
     at += 5 * V::lanes;
-    F<V> part[T] = {};
-    float shift[T] = {};
+    F<V> part[T];
+    float shift[T];
+    unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
     const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
     for (; chunk < end; ++chunk) {
       typename V::Codes codes[8];
+      for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
       at = C::load(at, codes);
-      for (int t = 0; t < T; ++t) {
-        const size_t place = size_t(tokens[t]) * a.chunks() + chunk;
-        F<V> dot = chunk_dot<V, K>(codes, a.q + place * kChunk);
-        if (a.fine) dot = V::fma(chunk_dot<V, K>(codes, a.fine + place * kChunk), V::set(kFiner), dot);
-        part[t] = V::fma(dot, V::set(a.scale[place]), part[t]);
+      unrolled<T>([&](auto t) {
+        const size_t place = from[t] + chunk;
+        part[t] = V::fma(chunk_dot<V, K, fine>(codes, a, place), V::set(a.scale[place]), part[t]);
         shift[t] += a.sum[place];
-      }
+      });
     }
-    for (int t = 0; t < T; ++t) y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]);
+    unrolled<T>([&](auto t) { y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]); });
   }
 }
 
@@ -135,7 +166,7 @@ inline void block_times(const Matrix& m, int block, const Activations& a, const 
   F<V> y[T];
   for (int t = 0; t < T; ++t) y[t] = m.bias ? V::load(m.bias + row) : V::set(0);
   if constexpr (K == Kind::int4 || K == Kind::int8)
-    coded_block<V, K, T>(m, at, a, tokens, y);
+    a.fine ? coded_block<V, K, T, true>(m, at, a, tokens, y) : coded_block<V, K, T, false>(m, at, a, tokens, y);
   else
     float_block<V, K, T>(m, at, a, tokens, y);
   for (int t = 0; t < T; ++t) {
@@ -213,7 +244,11 @@ void quantize(const Activations& a, int token, int begin, int end) {
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
     const float scale = top / 127 + total<V>(poison);
     float sum = static_cast<float>(round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk));
-    if (a.fine) sum += kFiner * static_cast<float>(round_chunk<V>(x, 1 / kFiner, a.fine + place * kChunk));
+    if (a.fine) {
+      sum += kFiner * static_cast<float>(round_chunk<V>(x, 1 / kFiner, a.fine + place * kChunk));
+      for (size_t i = place * kChunk; i < (place + 1) * kChunk; ++i)
+        a.wide[i] = static_cast<int16_t>(kCoarser * a.q[i] + a.fine[i]);
+    }
     a.scale[place] = scale;
     a.sum[place] = scale * sum;
   }

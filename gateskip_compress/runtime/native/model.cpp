@@ -40,7 +40,10 @@ Activations Model::activations(int columns) {
   a.columns = padded(columns, kChunk);
   a.x = floats(size_t(kWindow) * a.columns);
   a.q = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
-  if (shape.fine) a.fine = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
+  if (shape.fine) {
+    a.fine = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
+    a.wide = reinterpret_cast<int16_t*>(floats(size_t(kWindow) * a.columns / 2));
+  }
   a.scale = floats(size_t(kWindow) * a.chunks());
   a.sum = floats(size_t(kWindow) * a.chunks());
   return a;

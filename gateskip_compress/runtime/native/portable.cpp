@@ -66,6 +66,8 @@ struct Portable {
     F value() const { return __builtin_convertvector(sum, F); }
   };
   static constexpr float middle8 = 0;
+  static Codes codes8(const uint8_t* p) { return codes(p); }
+  static constexpr bool wide8 = false;
 };
 
 }  // namespace

@@ -43,18 +43,31 @@ struct Avx2 {
     void add(__m256i w, __m256i q) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q)); }
     F value() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
   };
-  // Codes less 128, as size and sign, so that two products, 2 * 128 * 127 at most, fit 16 bits.
+  static constexpr float middle8 = 128;
+  static Codes codes8(const uint8_t* p) { return _mm256_xor_si256(codes(p), _mm256_set1_epi8(-128)); }
+  // As size and sign, so that two products, 2 * 128 * 127 at most, fit 16 bits.
   struct Sum8 {
     __m256i sum;
     Sum8() : sum(_mm256_setzero_si256()) {}
     void add(__m256i w, __m256i q) {
-      const __m256i less = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(q, less));
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     F value() const { return _mm256_cvtepi32_ps(sum); }
   };
-  static constexpr float middle8 = 128;
+  // Sums of two columns each for rows 0 to 3 and 4 to 7: 8 times 2 products of 128 * 32385 at most fit 32 bits.
+  static constexpr bool wide8 = true;
+  static F wide(const Codes (&codes)[8], const int16_t* x) {
+    __m256i near = _mm256_setzero_si256(), far = near;
+    for (int i = 0; i < 8; ++i) {
+      int64_t four;
+      std::memcpy(&four, x + 4 * i, 8);
+      const __m256i q = _mm256_set1_epi64x(four);
+      near = _mm256_add_epi32(near, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(codes[i])), q));
+      far = _mm256_add_epi32(far, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(codes[i], 1)), q));
+    }
+    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(near, far), 0xd8));
+  }
 };
 
 }  // namespace
