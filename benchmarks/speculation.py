@@ -7,6 +7,8 @@ temperature 1, where texts differ by chance.
 
     python benchmarks/speculation.py runs/demo/model --prompts-file FILE --out benchmarks/results/speculation.jsonl
 
+Ours run in the native runtime, or with --runtime torch beside transformers' own on the same footing.
+
 The theory beside it: for each draft budget, with acceptance a of a drafted token, cost c of a drafting step and cost
 v(k) of a verify pass over k + 1 tokens, in plain steps, drafts of k tokens allow a speed-up of
 
@@ -28,6 +30,7 @@ import torch
 from transformers import DynamicCache
 
 import gateskip_compress as g
+from gateskip_compress import runtime
 from gateskip_compress.gating.dial import dial_of, drafting
 from gateskip_compress.measure import environment
 from gateskip_compress.quantization.linear import unpacked
@@ -38,9 +41,9 @@ KINDS = ("translation", "summarization", "qa", "math_reasoning", "rag")
 """The other categories of Spec-Bench are MT-bench's conversations."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "gates": {"custom_generate": g.self_speculative, "drafts": "gates"},
-    "look-up": {"custom_generate": g.self_speculative, "drafts": "look-up"},
-    "both": {"custom_generate": g.self_speculative, "drafts": "both"},
+    "gates": {"drafts": "gates"},
+    "look-up": {"drafts": "look-up"},
+    "both": {"drafts": "both"},
     "transformers' look-up": {"prompt_lookup_num_tokens": 10},
     "transformers' early exit": {"assistant_early_exit": None},
 }
@@ -60,20 +63,28 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--budget", type=float, help="that verifies; default: the model's own")
+    parser.add_argument("--runtime", default="native", choices=["native", "torch"])
+    parser.add_argument("--theory-prompts", type=int, default=12, help="that acceptance is measured on")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = g.load(given.model)
     VARIANTS["transformers' early exit"]["assistant_early_exit"] = max(1, model.config.num_hidden_layers // 3)
     prompts = read_prompts(given.prompts_file, tokenizer, given.prompts, given.prompt_tokens)
     given.out.parent.mkdir(exist_ok=True, parents=True)
+    native = given.runtime == "native"
+    longest = given.prompt_tokens + given.new_tokens + LONGEST + RUNS
+    session = runtime.lower(model, context_tokens=longest) if native else None
     with given.out.open("a") as out, unpacked(model), budget(model, given.budget):
         common = {"benchmark": "speculation", "model": Path(given.model).name, "batch": 1, **environment(model)}
+        common |= {"runtime": given.runtime if session is None else f"native, {session.kernels}"}
         common |= {"verify_budget": dial_of(model).budget, "new_tokens": given.new_tokens}
         for temperature in given.temperatures:
-            for row in compare(model, prompts, given.variants, given.new_tokens, temperature):
+            for row in compare(model, session, prompts, given.variants, given.new_tokens, temperature):
                 out.write(json.dumps({**common, "temperature": temperature, **row}) + "\n")
                 print(told(row, temperature), flush=True)
-        for row in theory(model, [ids for kind in prompts.values() for ids in kind][::7], given.new_tokens):
+        all_of = [ids for kind in prompts.values() for ids in kind]
+        some = all_of[:: max(1, len(all_of) // given.theory_prompts)]
+        for row in theory(model, session, some, given.new_tokens):
             out.write(json.dumps({**common, **row}) + "\n")
             print(
                 f"draft budget {row['draft_budget']:.2f}: acceptance {row['acceptance']:.2f}, draft cost "
@@ -100,27 +111,42 @@ def read_prompts(path: str, tokenizer: Any, count: int, most_tokens: int) -> dic
     return {kind: all_of[:: max(1, len(all_of) // count)][:count] for kind, all_of in found.items()}
 
 
+def written(
+    model: Any, session: runtime.Session | None, name: str, ids: torch.Tensor, counts: Acceptance, **settings: Any
+) -> torch.Tensor:
+    """What one variant writes."""
+    whole = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0, **settings}
+    if name.startswith("transformers"):
+        return model.generate(ids, **whole, **VARIANTS[name])
+    drafts = {} if name == "plain" else {**VARIANTS[name], "acceptance": counts}
+    if session is not None:
+        return session.generate(ids, **whole, speculate=bool(drafts), **drafts)
+    return model.generate(ids, **whole, **({"custom_generate": g.self_speculative, **drafts} if drafts else {}))
+
+
 def compare(
-    model: Any, prompts: dict[str, list[torch.Tensor]], variants: list[str], new_tokens: int, temperature: float
+    model: Any,
+    session: runtime.Session | None,
+    prompts: dict[str, list[torch.Tensor]],
+    variants: list[str],
+    new_tokens: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """Every variant on every prompt; a row for each variant and kind, and for all kinds together."""
     sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
-    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     runs: list[dict[str, Any]] = []
     turn = 0
     for kind, all_of in prompts.items():
         for number, ids in enumerate(all_of):
-            settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **length, **sampling}
             texts: dict[str, torch.Tensor] = {}
             turn += 1
             for name in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
                 counts = Acceptance()
-                extra = {**VARIANTS[name], **({"acceptance": counts} if "custom_generate" in VARIANTS[name] else {})}
-                torch.manual_seed(number)
                 if turn == 1:
-                    model.generate(ids, **{**settings, "min_new_tokens": 4, "max_new_tokens": 4}, **extra)
+                    written(model, session, name, ids, Acceptance(), max_new_tokens=4, **sampling)
+                torch.manual_seed(number)
                 began = time.perf_counter()
-                texts[name] = model.generate(ids, **settings, **extra)
+                texts[name] = written(model, session, name, ids, counts, max_new_tokens=new_tokens, **sampling)
                 runs.append(
                     {
                         "kind": kind,
@@ -173,24 +199,24 @@ def told(row: dict[str, Any], temperature: float) -> str:
     )
 
 
-def theory(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> list[dict[str, Any]]:
+def theory(
+    model: Any, session: runtime.Session | None, prompts: list[torch.Tensor], new_tokens: int
+) -> list[dict[str, Any]]:
     """Acceptance and costs by draft budget, and the speed-up that they allow."""
     ids, verifies, rows = prompts[0], dial_of(model).budget, []
-    plain = step_s(model, ids, 1)
-    verify = [step_s(model, ids, k + 1) / plain for k in range(1, LONGEST + 1)]
+    plain = step_s(model, session, ids, 1)
+    verify = [step_s(model, session, ids, k + 1) / plain for k in range(1, LONGEST + 1)]
     with drafting(model):
         shares = [setting.budget for setting in dial_of(model).table if setting.budget < verifies - 0.02]
     step = getattr(model, "self_speculation", g.SelfSpeculation())
     for share in shares:
         with drafting(model), g.budget(model, share):
-            cost = step_s(model, ids, 1) / plain
+            cost = step_s(model, session, ids, 1, draft=True) / plain
         own = {"draft_budget": share} if step.gates is None else {"gates": replace(step.gates, budget=share)}
         model.self_speculation = replace(step, drafts="gates", draft_tokens=DRAFT, adapt=False, **own)
         counts = Acceptance()
         for prompt in prompts:
-            settings = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
-            length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-            model.generate(prompt, **settings, **length, custom_generate=g.self_speculative, acceptance=counts)
+            written(model, session, "gates", prompt, counts, max_new_tokens=new_tokens, do_sample=False)
         a = acceptance(counts.accepted / counts.verifies)
         allowed = [sum(a**i for i in range(k + 1)) / (k * cost + v) for k, v in enumerate(verify, 1)]
         best = max(range(len(allowed)), key=allowed.__getitem__)
@@ -211,9 +237,20 @@ def acceptance(mean: float) -> float:
 
 
 @torch.inference_mode()
-def step_s(model: Any, ids: torch.Tensor, tokens: int) -> float:
+def step_s(
+    model: Any, session: runtime.Session | None, ids: torch.Tensor, tokens: int, *, draft: bool = False
+) -> float:
     """Median seconds of a pass over some tokens, as the model stands, after a prompt."""
-    cache, seconds = DynamicCache(config=model.config), []
+    seconds = []
+    if session is not None:
+        prompt, draft = ids[0].numpy(), draft and session.drafts
+        session.prefill(prompt)
+        for run in range(5 * RUNS + 1):
+            began, some = time.perf_counter(), prompt[run % RUNS :][:tokens]
+            session.run_row(some, 0, len(prompt), wanted=len(some), draft=draft)
+            seconds.append(time.perf_counter() - began)
+        return median(seconds[1:])
+    cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     for run in range(RUNS + 1):
         began = time.perf_counter()

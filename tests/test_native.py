@@ -1,5 +1,6 @@
 """Whole tiny models in the native runtime against the Hugging Face path on the same codes."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
 from gateskip_compress.gating.block import GatedBlock
-from gateskip_compress.gating.dial import Dial, decisions
+from gateskip_compress.gating.dial import Dial, decisions, drafting
 from gateskip_compress.gating.transform import put_in
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
-from gateskip_compress.runtime.speculate import Lookup
 from gateskip_compress.speculation.acceptance import Acceptance
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
@@ -169,7 +169,7 @@ def test_speculation_changes_no_token(small, session, extra):
         plain = {name: value for name, value in extra.items() if not name.startswith("draft")}
         settings = dict(max_new_tokens=60, do_sample=False)
         expected = session.generate(ids, **settings, **plain)
-        found = session.generate(ids, **settings, **extra, speculate=True, acceptance=counts)
+        found = session.generate(ids, **settings, **extra, speculate=True, adapt=False, acceptance=counts)
         assert torch.equal(found, expected)
     assert 0 <= counts.accepted <= counts.drafted
     assert counts.drafted > 0
@@ -185,7 +185,8 @@ def test_speculation_draws_what_plain_decoding_draws(small, session, extra):
         torch.manual_seed(seed)
         expected = session.generate(ids, **settings, **plain)
         torch.manual_seed(seed)
-        assert torch.equal(session.generate(ids, **settings, **extra, speculate=True, acceptance=counts), expected)
+        found = session.generate(ids, **settings, **extra, speculate=True, adapt=False, acceptance=counts)
+        assert torch.equal(found, expected)
     assert counts.drafted > 0
     assert "repetition_penalty" in extra or counts.accepted > 0
 
@@ -195,16 +196,29 @@ def test_speculation_by_looking_up_needs_no_gates_and_fills_the_cache_to_its_end
     session, counts = lower(model, context_tokens=64), Acceptance()
     ids = tokens(1, 4)
     expected = session.generate(ids, max_new_tokens=60, do_sample=False)
-    found = session.generate(ids, max_new_tokens=60, do_sample=False, speculate=True, acceptance=counts)
+    found = session.generate(ids, max_new_tokens=60, do_sample=False, speculate=True, adapt=False, acceptance=counts)
     assert torch.equal(found, expected)
 
 
-def test_looking_up_takes_the_latest_of_the_longest():
-    lookup = Lookup()
-    assert lookup.follow([1, 2, 3, 4], 2) == []
-    assert lookup.follow([1, 2, 3, 4, 9, 3, 4], 2) == [9, 3]
-    assert lookup.follow([1, 2, 3, 4, 9, 3, 4, 8, 2, 3, 4], 3) == [9, 3, 4]
-    assert lookup.follow([1, 2, 3, 4, 9, 3, 4, 8, 2, 3, 4, 5, 7, 3, 4], 1) == [5]
+def test_gates_for_drafting_alone_draft_as_on_torch_and_change_no_token():
+    own = g.GateSkip(budget=0.5, rank=8, allocation="global")
+    model = compress(
+        tiny(), gates(budget=0.9), g.SelfSpeculation(gates=own, drafts="gates", adapt=False, draft_tokens=3)
+    )
+    session, ids = lower(model, **EXACT), tokens(1, 9)[0]
+    for places in (drafting, nullcontext):
+        with places(model), decisions(model) as seen, torch.no_grad():
+            model(ids[None])
+            step = logits_of(session, ids, decisions=True, draft=places is drafting)
+        expected = {(d.layer, d.kind): d.keep[0] for d in seen}
+        kinds = [(layer, kind) for layer in range(model.config.num_hidden_layers) for kind in ("attention", "mlp")]
+        assert torch.equal(step.kept, torch.stack([expected[key] for key in kinds]))
+    counts, settings = Acceptance(), dict(max_new_tokens=40, do_sample=False)
+    expected = session.generate(ids[None], **settings)
+    assert torch.equal(
+        session.generate(ids[None], **settings, speculate=True, adapt=False, acceptance=counts), expected
+    )
+    assert 0 < counts.accepted < counts.drafted
 
 
 def test_sampling_draws_from_the_models_own_distribution(small, session):
@@ -269,10 +283,11 @@ def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
         (tokens(4, 5), {}, "4 sequences, and the cache has 3 rows"),
         (tokens(1, 5), dict(num_beams=2), "num_beams 2"),
         (tokens(2, 5), dict(speculate=True), "one sequence at a time"),
-        (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be from 1"),
+        (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be at least 1"),
+        (tokens(1, 5), dict(speculate=True, draft_tokens=128), "draft_tokens 128 must be from 1 to 127"),
         (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
     ],
-    ids=["context", "id", "negative id", "rows", "beams", "batch", "draft", "draft budget"],
+    ids=["context", "id", "negative id", "rows", "beams", "batch", "draft", "long draft", "draft budget"],
 )
 def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
     with pytest.raises(ValueError, match=message):

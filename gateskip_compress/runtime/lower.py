@@ -87,7 +87,8 @@ def lower(
     norm = model.model.norm.weight
     embedding = table(model.get_input_embeddings())
     built.finish(layers, vector(norm), output, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
-    return Session(model, built, context_tokens, rows, pack.kernels, pack.bytes_per_token)
+    drafts = any("draft_gates" in block._modules for block in blocks(model))
+    return Session(model, built, context_tokens, rows, pack.kernels, pack.bytes_per_token, drafts)
 
 
 def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
@@ -118,7 +119,8 @@ def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
             continue
         if type(block).decide is not GatedBlock.decide:
             raise UnsupportedModel(f"block {index}, a {type(block).__name__}, decides in another way than by its gates")
-        scaling = sorted({gate.kind for gate in block.gates.values()} - {"effect", None})
+        gates = [*block.gates.values(), *getattr(block, "draft_gates", {}).values()]
+        scaling = sorted({gate.kind for gate in gates} - {"effect", None})
         if scaling:
             raise UnsupportedModel(
                 f"block {index} has a {scaling[0]!r} gate, which scales; the native runtime runs gates of kind 'effect'"

@@ -60,9 +60,11 @@ class Packer:
             if hasattr(attention, name):
                 setattr(layer, name, vector(getattr(attention, name).weight))
         layer.rotary, layer.copies = bool(getattr(attention, "use_rope", True)), copies
-        gates = dict(getattr(block, "gates", {}))
-        layer.attention = self.branch(f"{index}.attention", block.input_layernorm, gates.get("attention"))
-        layer.mlp = self.branch(f"{index}.mlp", block.post_attention_layernorm, gates.get("mlp"))
+        for prefix, gates in (("", getattr(block, "gates", {})), ("draft_", getattr(block, "draft_gates", {}))):
+            own = dict(gates)
+            for part, norm in (("attention", block.input_layernorm), ("mlp", block.post_attention_layernorm)):
+                name = f"{prefix}{part}"
+                setattr(layer, name, self.branch(f"{index}.{name}", norm, own.get(part)))
         return layer
 
     def branch(self, name: str, norm: nn.Module, gate: Gate | None) -> Any:

@@ -6,7 +6,7 @@ is ours. One call decodes a token for every sequence; prompts go in a window at 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..gating.dial import dial_of, is_gated
 from ..speculation.acceptance import Acceptance
+from ..speculation.control import control_of
+from ..speculation.transform import SelfSpeculation
 from .extension import extension
 from .pack import vocabulary_size
 from .speculate import Speculator, choose
@@ -52,6 +54,7 @@ class Session:
         rows: Sequences that decode together at most.
         kernels: Which run.
         bytes_per_token: Of weights that a token reads at full budget.
+        drafts: Whether it has gates for drafting alone.
     """
 
     model: PreTrainedModel
@@ -60,6 +63,7 @@ class Session:
     rows: int
     kernels: str
     bytes_per_token: int
+    drafts: bool = False
 
     def generate(
         self, ids: Int[Tensor, "b t"], *, streamer: BaseStreamer | None = None, **settings: Any
@@ -91,6 +95,8 @@ class Session:
         speculate: bool = False,
         draft_budget: float | None = None,
         draft_tokens: int | None = None,
+        drafts: str | None = None,
+        adapt: bool | None = None,
         acceptance: Acceptance | None = None,
         **model_kwargs: Any,
     ) -> Int[Tensor, "b u"]:
@@ -104,8 +110,11 @@ class Session:
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
             speculate: Guess tokens and verify them, see `speculate.py`; one sequence; the text stays the same.
-            draft_budget: Of gate drafts; None takes the pipeline step's, and where that has none looks up alone.
-            draft_tokens: Guessed at a time; None takes the pipeline step's, or 4.
+            draft_budget: As in `SelfSpeculation`, like the next three; None takes the pipeline step's, and a model
+                without a step looks up alone.
+            draft_tokens: As there.
+            drafts: As there.
+            adapt: As there.
             acceptance: Counts are added to it.
             model_kwargs: What `generate` prepared.
         """
@@ -114,16 +123,15 @@ class Session:
         sampled = bool(generation_config.do_sample)
         with _torch_in_one_thread():
             if speculate:
-                step = getattr(self.model, "self_speculation", None)
-                share = draft_budget if draft_budget is not None else getattr(step, "draft_budget", None)
-                tokens = draft_tokens if draft_tokens is not None else getattr(step, "draft_tokens", 4)
-                self._check_speculation(input_ids, share, tokens)
+                given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
+                settings = self._speculation({name: value for name, value in given.items() if value is not None})
+                self._check_speculation(input_ids, settings)
                 text = input_ids[0].tolist()
                 if len(text) > 1:
                     self.prefill(input_ids[0, :-1].numpy())
-                speculator = Speculator(
-                    self, text, logits_processor, sampled, tokens, share, acceptance or Acceptance()
-                )
+                control = control_of(self.model, settings, 1, runtime="native")
+                counts = acceptance if acceptance is not None else Acceptance()
+                speculator = Speculator(self, text, logits_processor, sampled, control, counts)
                 return _follow(speculator, input_ids, stopping_criteria, streamer)
             prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
             processed = sampled or len(logits_processor) > 0
@@ -149,16 +157,19 @@ class Session:
                 step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
                 positions, best, logits = positions + 1, step.best, step.logits
 
-    def _check_speculation(self, ids: Int[Tensor, "b t"], draft_budget: float | None, draft_tokens: int) -> None:
+    def _speculation(self, given: dict[str, Any]) -> SelfSpeculation:
+        """The model's step with what is given instead; without a step, and gates to draft with, it looks up."""
+        step = getattr(self.model, "self_speculation", None)
+        if step is None:
+            step = SelfSpeculation(drafts="both" if "draft_budget" in given else "look-up")
+        return replace(step, **given)
+
+    def _check_speculation(self, ids: Int[Tensor, "b t"], settings: SelfSpeculation) -> None:
         if len(ids) != 1:
             raise ValueError(f"the native runtime speculates for one sequence at a time, not for {len(ids)}")
         most = extension().WINDOW - 1
-        if not 1 <= draft_tokens <= most:
-            raise ValueError(f"draft_tokens {draft_tokens} must be from 1 to {most}")
-        if draft_budget is not None and draft_budget >= dial_of(self.model).budget:
-            raise ValueError(
-                f"draft_budget {draft_budget} must be below the budget that verifies, {dial_of(self.model).budget}"
-            )
+        if settings.draft_tokens > most:
+            raise ValueError(f"draft_tokens {settings.draft_tokens} must be from 1 to {most}")
 
     def check(self, ids: Int[Tensor, "b t"], config: GenerationConfig) -> None:
         """Refuse what would fail later, when work would be lost."""
@@ -191,10 +202,10 @@ class Session:
             self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0)
         return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits)
 
-    def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, logits: bool = False) -> Step:
-        """Run neighbouring tokens of one sequence; what the last `wanted` of them give."""
+    def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: bool) -> Step:
+        """Run neighbouring tokens of one sequence; what the last `wanted` of them give. `how` is as in `run`."""
         places = np.arange(len(ids), dtype=np.int32)
-        return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], logits=logits)
+        return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], **how)
 
     def run(
         self,
@@ -205,6 +216,7 @@ class Session:
         *,
         logits: bool = False,
         decisions: bool = False,
+        draft: bool = False,
     ) -> Step:
         """One call of the native model at the dial's thresholds; the cache's positions up to each token must be filled.
 
@@ -215,9 +227,10 @@ class Session:
             want: Places in `ids` of tokens whose continuation is wanted.
             logits: Wanted besides the best tokens.
             decisions: Wanted besides.
+            draft: By the gates for drafting, where the model has some of their own and is set to them.
         """
         best, all_logits, kept, scores = self.native.run(
-            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions
+            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions, draft
         )
         return Step(
             best,

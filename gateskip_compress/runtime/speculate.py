@@ -1,17 +1,15 @@
 """Speculative decoding in the native runtime: guess a few tokens, verify them in one call, keep what stands.
 
-A guess is what followed the last two or three tokens where they stood before in the text, if they did (prompt lookup);
-else the model's own best tokens under a lower budget of its gates, if it has any. A call of k tokens gives the bits of
-k calls of one, so the text is plain decoding's: greedy, or sampled from the same seed. There a guess stands if it is
-the token that plain decoding draws: as likely as by speculative sampling (arXiv 2211.17192), since a guess is certain
-to be guessed. What was guessed wrong stays in the cache beyond the text's end, where
-nobody looks before it is written over. Each kind of guess is measured against plain decoding as it goes, and rests
-where it loses.
+Guesses come from where torch's come from, and what is tried, how far, and when not at all, is decided alike
+(`speculation/control.py`): a passage that is found again, or the model's own best tokens under a lower budget of its
+gates. A call of k tokens gives the bits of k calls of one, so the text is plain decoding's: greedy, or sampled from the
+same seed. There a guess stands if it is the token that plain decoding draws: as likely as by speculative sampling
+(arXiv 2211.17192), since a guess is certain to be guessed. What was guessed wrong stays in the cache beyond the text's
+end, where nobody looks before it is written over.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from time import perf_counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,53 +18,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ..gating.dial import budget
+from ..gating.dial import budget, drafting
 from ..speculation.acceptance import Acceptance
+from ..speculation.control import Clock, Control, Drafter, looked_up, sure
+from ..speculation.draft import look_up
 
 if TYPE_CHECKING:
     from .session import Session, Step
 
-_NGRAMS = (3, 2)
-"""Lengths of what is looked up, the first first."""
-_REST_TOKENS = 32
-"""Decoded before a kind of guess that lost is tried again."""
-_MEMORY = 0.8
-"""Share of a measured rate that the next measurement keeps."""
-
-
-@dataclass
-class Rate:
-    """Tokens per second of one way to decode, and until which length of the text it rests."""
-
-    tokens_per_s: float = 0.0
-    rests_until: int = 0
-
-    def measure(self, tokens: int, seconds: float) -> None:
-        """Take a measurement in."""
-        found = tokens / seconds
-        old = self.tokens_per_s or found
-        self.tokens_per_s = _MEMORY * old + (1 - _MEMORY) * found
-
-
-class Lookup:
-    """Where each run of two or three tokens of a growing text was last followed by another token."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, ...], int] = {}
-        self._known = 0
-
-    def follow(self, text: list[int], count: int) -> list[int]:
-        """What followed the text's last tokens where they stood before; empty where they did not."""
-        for end in range(max(self._known, 1), len(text)):  # the last tokens themselves are not yet followed by any
-            for n in _NGRAMS:
-                if end >= n:
-                    self._seen[tuple(text[end - n : end])] = end
-        self._known = len(text)
-        for n in _NGRAMS:
-            at = self._seen.get(tuple(text[-n:]))
-            if at is not None and len(text) >= n:
-                return text[at : at + count]
-        return []
+Guess = tuple[Drafter | None, list[int], list[Hashable]]
+"""Who guessed, the tokens, and the evidence of each; nobody is a plain step."""
 
 
 @dataclass
@@ -78,8 +39,7 @@ class Speculator:
         text: Prompt and tokens so far; grows.
         processors: Applied alike to every choice.
         sampled: Draw tokens, by torch's global generator.
-        tokens: Guessed at a time.
-        draft_budget: Of gate drafts; None drafts by looking up alone.
+        control: Says what to guess, and learns how it fared.
         counts: Are added to.
     """
 
@@ -87,68 +47,84 @@ class Speculator:
     text: list[int]
     processors: LogitsProcessorList
     sampled: bool
-    tokens: int
-    draft_budget: float | None
+    control: Control
     counts: Acceptance
-    plain: Rate = field(default_factory=Rate)
-    lookup: Rate = field(default_factory=Rate)
-    gates: Rate = field(default_factory=Rate)
-    seen: Lookup = field(default_factory=Lookup)
 
     def decode(self) -> Iterator[int]:
         """Tokens as they stand, without end; never past the cache."""
         while True:
-            began = perf_counter()
-            rate, guess = self._guess(min(self.tokens, self.session.context_tokens - len(self.text)))
-            drafted = perf_counter()
+            clock = Clock()
+            most = min(self.control.most_tokens, self.session.context_tokens - len(self.text))
+            drafter, guess, evidence = self._guess(most)
+            draft_s = clock.lap()
             step, found = self._run(self.text, guess), []
             for place in range(len(guess) + 1):  # as many draws as tokens that stand
                 found.append(self._choice(step, place, self.text + guess[:place], sampled=self.sampled))
                 if place < len(guess) and found[place] != guess[place]:
                     break
-            stands = len(found) - 1
-            ended = perf_counter()
-            rate.measure(stands + 1, ended - began)
-            if rate is not self.plain and rate.tokens_per_s < self.plain.tokens_per_s:
-                rate.rests_until, rate.tokens_per_s = len(self.text) + _REST_TOKENS, 0.0
-            self._count(len(guess), stands, drafted - began, ended - drafted)
+            self._learn(drafter, evidence, len(found) - 1, draft_s, clock.lap())
             for token in found:
                 self.text.append(token)
                 yield token
 
-    def _count(self, guessed: int, stands: int, draft_s: float, verify_s: float) -> None:
-        self.counts.drafted += guessed
-        self.counts.accepted += stands
-        self.counts.draft_s += draft_s
-        if guessed:
-            self.counts.verifies += 1
-            self.counts.verify_s += verify_s
-        else:
-            self.counts.plain_steps += 1
-            self.counts.plain_s += verify_s
+    def _learn(
+        self, drafter: Drafter | None, evidence: list[Hashable], stands: int, draft_s: float, verify_s: float
+    ) -> None:
+        """Count, and tell the control."""
+        counts = self.counts
+        if drafter is None:
+            counts.plain_steps += 1
+            counts.plain_s += draft_s + verify_s
+            self.control.plain(draft_s + verify_s)
+            return
+        self.control.learn(drafter, [evidence], [stands], draft_s, verify_s)
+        counts.verifies += 1
+        counts.drafted += len(evidence)
+        counts.accepted += stands
+        counts.draft_s += draft_s
+        counts.verify_s += verify_s
 
-    def _guess(self, count: int) -> tuple[Rate, list[int]]:
-        """Which way to take, and what it guesses; nothing is plain decoding, which comes first, to be measured."""
-        if count < 1 or self.plain.tokens_per_s == 0:
-            return self.plain, []
-        if len(self.text) >= self.lookup.rests_until:
-            found = self.seen.follow(self.text, count)
-            if found:
-                return self.lookup, found
-        if self.draft_budget is None or len(self.text) < self.gates.rests_until:
-            return self.plain, []
-        with budget(self.session.model, self.draft_budget):
-            guess: list[int] = []
-            for _ in range(count):
+    def _guess(self, most: int) -> Guess:
+        """By whom the control chooses."""
+        if most < 1:
+            return None, [], []
+        looks = any(drafter.budget is None for drafter in self.control.drafters)
+        passage = look_up(torch.tensor(self.text), most) if looks else None
+        found = passage.found if passage is not None else 0
+        drafter = self.control.choose(found)
+        if drafter is None:
+            return None, [], []
+        if drafter.budget is not None:
+            return self._guess_by_gates(drafter, drafter.budget, most)
+        length = self.control.look_up_length(found, most)[0]
+        tokens = passage.tokens[:length].tolist() if passage is not None else []
+        return (drafter if tokens else None), tokens, [looked_up(found, place) for place in range(len(tokens))]
+
+    def _guess_by_gates(self, drafter: Drafter, share: float, most: int) -> Guess:
+        """The model's likeliest tokens under a lower budget, as long as they pay."""
+        guess: list[int] = []
+        evidence: list[Hashable] = []
+        chance = 1.0
+        with drafting(self.session.model), budget(self.session.model, share):
+            while len(guess) < most:
                 text = self.text + guess
-                guess.append(self._choice(self._run(text, []), 0, text, sampled=False))
-        return self.gates, guess
+                step = self._run(text, [], draft=True)
+                scores = self.processors(torch.tensor([text]), step.logits)
+                top = scores.max(dim=-1)
+                guess.append(int(top.indices))
+                # the largest share, without a distribution: the rest of the sum is of values at most 1
+                evidence.append(sure(share, float(1 / (scores - top.values).exp().sum())))
+                chance *= self.control.odds.of(evidence[-1])
+                if not self.control.goes_on(drafter, chance):
+                    break
+        return drafter, guess, evidence
 
-    def _run(self, text: list[int], guess: list[int]) -> "Step":
+    def _run(self, text: list[int], guess: list[int], *, draft: bool = False) -> "Step":
         """What the text's last token and each guessed one after it give."""
         ids, wanted = np.array([text[-1], *guess]), len(guess) + 1
-        logits = self.sampled or len(self.processors) > 0
-        return self.session.run_row(ids, 0, len(text) - 1, wanted=wanted, logits=logits)
+        logits = draft or self.sampled or len(self.processors) > 0
+        own = draft and self.session.drafts
+        return self.session.run_row(ids, 0, len(text) - 1, wanted=wanted, logits=logits, draft=own)
 
     def _choice(self, step: "Step", place: int, text: list[int], *, sampled: bool) -> int:
         """The token after a text, by one place of a call."""

@@ -225,11 +225,11 @@ class Control:
         drafter.steps = _KEEP_ROUND * drafter.steps + steps
 
 
-def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int) -> Control:
+def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, runtime: str = "torch") -> Control:
     """What the model's earlier texts taught, for as many rows at the same settings; it stays with the model."""
     gated = settings.drafts != "look-up"
     budgets = tuple(settings.budgets(model)) if gated else ()
-    key = (settings, budgets, dial_of(model).budget if gated else None, rows)
+    key = (settings, budgets, dial_of(model).budget if gated else None, rows, runtime)
     known: dict[Any, Control] | None = getattr(model, "speculation_controls", None)
     if known is None:
         known = model.speculation_controls = {}

@@ -261,7 +261,7 @@ struct HeldModel {
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
   py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
-                bool with_decisions) {
+                bool with_decisions, bool draft) {
     const Shape& s = model.shape;
     Call call;
     call.count = static_cast<int>(ids.size());
@@ -278,7 +278,7 @@ struct HeldModel {
     within(positions, s.context, "position");
     within(want, call.count, "wanted token");
     check(want.size() <= call.count, "more tokens are wanted than there are");
-    call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data();
+    call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data(), call.draft = draft;
     if (thresholds) {
       check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
       call.thresholds = thresholds->data();
@@ -356,6 +356,8 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<>())
       .def_readwrite("attention", &Layer::attention)
       .def_readwrite("mlp", &Layer::mlp)
+      .def_readwrite("draft_attention", &Layer::draft_attention)
+      .def_readwrite("draft_mlp", &Layer::draft_mlp)
       .def_readwrite("q", &Layer::q)
       .def_readwrite("k", &Layer::k)
       .def_readwrite("v", &Layer::v)

@@ -136,15 +136,16 @@ void Model::enter(const Call& call, const Branch& branch, int index, int thread)
 
 void Model::attention(const Call& call, int index, int thread) {
   const Layer& layer = layers[index];
+  const Branch& branch = call.draft ? layer.draft_attention : layer.attention;
   const Lists& lists = lists_[thread];
-  enter(call, layer.attention, 2 * index, thread);
+  enter(call, branch, 2 * index, thread);
   const int queries = shape.heads * shape.head_dim, others = shape.kv_heads * shape.head_dim;
   const size_t stride = queries + 2 * others;
   const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
   multiply(layer.q, normed_, lists.kept, qkv_, stride, thread);
   multiply(layer.k, normed_, remembered, qkv_ + queries, stride, thread);
   multiply(layer.v, normed_, remembered, qkv_ + queries + others, stride, thread);
-  replace_inner(layer.attention.surrogate, lists.skipped, thread);
+  replace_inner(branch.surrogate, lists.skipped, thread);
   team_.wait();
   const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
   const auto [begin, end] = share(call.count, thread);
@@ -156,19 +157,20 @@ void Model::attention(const Call& call, int index, int thread) {
     if (keep[token]) kernels.quantize(mixed_, token, 0, queries);
   team_.wait();
   multiply_add(layer.o, mixed_, lists.kept, thread);
-  replace_outer(layer.attention.surrogate, lists.skipped, thread);
+  replace_outer(branch.surrogate, lists.skipped, thread);
   team_.wait();
 }
 
 void Model::mlp(const Call& call, int index, int thread) {
   const Layer& layer = layers[index];
+  const Branch& branch = call.draft ? layer.draft_mlp : layer.mlp;
   const Lists& lists = lists_[thread];
-  enter(call, layer.mlp, 2 * index + 1, thread);
+  enter(call, branch, 2 * index + 1, thread);
   glu(layer.gate, layer.up, lists.kept, thread);
-  replace_inner(layer.mlp.surrogate, lists.skipped, thread);
+  replace_inner(branch.surrogate, lists.skipped, thread);
   team_.wait();
   multiply_add(layer.down, inner_, lists.kept, thread);
-  replace_outer(layer.mlp.surrogate, lists.skipped, thread);
+  replace_outer(branch.surrogate, lists.skipped, thread);
   team_.wait();
 }
 

@@ -34,6 +34,7 @@ struct Branch {
 
 struct Layer {
   Branch attention, mlp;
+  Branch draft_attention, draft_mlp;  // of models that draft with gates of their own
   Matrix q, k, v, o, gate, up, down;
   std::vector<float> q_norm, k_norm;  // per channel of a head, or none
   bool rotary = true;
@@ -58,6 +59,7 @@ struct Shape {
 struct Call {
   int count = 0;
   const int32_t *ids = nullptr, *rows = nullptr, *positions = nullptr;
+  bool draft = false;  // by the gates for drafting
   const float* thresholds = nullptr;  // attention of layer l at 2l, its MLP at 2l + 1; or none: all run
   int wanted = 0;
   const int32_t* want = nullptr;  // tokens whose logits are computed
