@@ -191,8 +191,9 @@ def _loaded(python: str, name: str, file: Path, threads: int) -> tuple[Run, floa
         shutil.copy(file, folder / file.name)
         _peer(python, name, folder / file.name, threads, "save")
         file = folder
-    found = [_peer(python, name, file, threads) for _ in range(LOADS)]
-    return found[-1][0], median(seconds for _, seconds in found)
+    seconds = [_peer(python, name, file, threads)[1] for _ in range(LOADS - 1)]
+    run, last = _peer(python, name, file, threads)
+    return run, median([*seconds, last])
 
 
 def _peer(python: str, name: str, file: Path, threads: int, *more: str) -> tuple[Run, float]:
