@@ -225,7 +225,7 @@ def self_written(
         for _ in track(range(window_tokens - len(start)), "write calibration text"):
             past = None if output is None else output.past_key_values
             output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            ids = _drawn(output.logits[:, -1].float().softmax(-1).cpu(), generator).to(model.device)
+            ids = drawn(output.logits[:, -1].float().softmax(-1).cpu(), generator).to(model.device)
             written.append(ids.cpu())
     result = torch.cat(written, dim=1)
     if path is not None:
@@ -234,7 +234,7 @@ def self_written(
     return result
 
 
-def _drawn(probability: Float[Tensor, "n v"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
+def drawn(probability: Float[Tensor, "n v"], generator: torch.Generator | None = None) -> Int[Tensor, "n 1"]:
     """A token for each row; far faster than `multinomial`, which takes as long as a third of the model."""
     below = probability.cumsum(-1)
     drawn = torch.rand(len(below), 1, generator=generator) * below[:, -1:]

@@ -8,7 +8,7 @@ import gateskip_compress as g
 from gateskip_compress.evaluate import Reference
 from gateskip_compress.losses import kl_divergence
 from gateskip_compress.macs import count_macs
-from gateskip_compress.text import Passage, _drawn, chat_prompt, packed, passages, self_written, windows
+from gateskip_compress.text import Passage, chat_prompt, drawn, packed, passages, self_written, windows
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3' if m.role == 'user' else 'w4' }} {{ m.content }} w5 {% endfor %}"
@@ -138,8 +138,8 @@ def test_a_reference_keeps_the_logits_of_every_family(family):
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     likely = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = _drawn(likely.expand(20_000, 6), torch.Generator().manual_seed(0)).squeeze(1)
-    counts = torch.bincount(drawn, minlength=6)
+    ids = drawn(likely.expand(20_000, 6), torch.Generator().manual_seed(0)).squeeze(1)
+    counts = torch.bincount(ids, minlength=6)
     assert counts[likely == 0].sum() == 0
     expected = 20_000 * likely[likely > 0]
     statistic = ((counts[likely > 0] - expected) ** 2 / expected).sum()

@@ -22,6 +22,7 @@ from ..gating.dial import budget, drafting
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, looked_up, sure
 from ..speculation.draft import look_up
+from ..text import drawn
 
 if TYPE_CHECKING:
     from .session import Session, Step
@@ -50,6 +51,10 @@ class Speculator:
     control: Control
     counts: Acceptance
 
+    def __post_init__(self) -> None:
+        self._ids = np.empty(self.session.context_tokens + 1, dtype=np.int64)
+        self._ids[: len(self.text)] = self.text
+
     def decode(self) -> Iterator[int]:
         """Tokens as they stand, without end; never past the cache."""
         while True:
@@ -64,6 +69,7 @@ class Speculator:
                     break
             self._learn(drafter, evidence, len(found) - 1, draft_s, clock.lap())
             for token in found:
+                self._ids[len(self.text)] = token
                 self.text.append(token)
                 yield token
 
@@ -89,7 +95,7 @@ class Speculator:
         if most < 1:
             return None, [], []
         looks = any(drafter.budget is None for drafter in self.control.drafters)
-        passage = look_up(torch.tensor(self.text), most) if looks else None
+        passage = look_up(torch.from_numpy(self._ids[: len(self.text)]), most) if looks else None
         found = passage.found if passage is not None else 0
         drafter = self.control.choose(found)
         if drafter is None:
@@ -140,4 +146,4 @@ def choose(
     scores = processors(ids, logits)
     if not sampled:
         return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+    return drawn(scores.softmax(dim=-1, dtype=torch.float64))[:, 0]

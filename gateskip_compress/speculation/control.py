@@ -7,8 +7,8 @@ maximises tokens by time. Chances are counted by evidence that is there before a
 own confidence, or how long a passage was found again.
 
 What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may try
-again as long as all debts are below half a step and 1 % of the tokens so far: over a hundred tokens and more, the whole
-stays above 0.97 of plain speed, apart from noise in the clock. None of this can change the text, or its distribution
+again as long as the debts of its kind, gates or passages, are below half a step and 1 % of the tokens so far: over a
+hundred tokens and more, the whole stays above 0.97 of plain speed, apart from noise in the clock. None of this can change the text, or its distribution
 where it is sampled: it looks at tokens before the one in question, never at that one.
 """
 
@@ -167,7 +167,8 @@ class Control:
         """Whether it gains, or its losses can be borne."""
         if drafter.known and drafter.rate > 1:
             return True
-        return sum(d.debt for d in self.drafters) <= _FIRST_LOSS + _LOSS * self.tokens
+        alike = [d for d in self.drafters if (d.budget is None) == (drafter.budget is None)]
+        return sum(d.debt for d in alike) <= _FIRST_LOSS + _LOSS * self.tokens
 
     def look_up_length(self, found: int, most: int) -> tuple[int, float]:
         """How many tokens of a passage to take, and the tokens per plain step's time to be expected."""

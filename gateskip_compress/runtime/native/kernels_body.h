@@ -187,8 +187,11 @@ void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, co
   for (int block = begin; block < end; ++block) {
     int t = 0;
     for (; t + 4 <= count; t += 4) block_times<V, K, 4>(m, block, a, tokens + t, out, stride);
-    for (; t + 2 <= count; t += 2) block_times<V, K, 2>(m, block, a, tokens + t, out, stride);
-    for (; t < count; ++t) block_times<V, K, 1>(m, block, a, tokens + t, out, stride);
+    switch (count - t) {
+      case 3: block_times<V, K, 3>(m, block, a, tokens + t, out, stride); break;
+      case 2: block_times<V, K, 2>(m, block, a, tokens + t, out, stride); break;
+      case 1: block_times<V, K, 1>(m, block, a, tokens + t, out, stride); break;
+    }
   }
 }
 
