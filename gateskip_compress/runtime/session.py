@@ -126,12 +126,12 @@ class Session:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
                 settings = self._speculation({name: value for name, value in given.items() if value is not None})
                 self._check_speculation(input_ids, settings)
-                text = input_ids[0].tolist()
+                text = input_ids[0].numpy()
                 if len(text) > 1:
-                    self.prefill(input_ids[0, :-1].numpy())
+                    self.prefill(text[:-1])
                 control = control_of(self.model, settings, 1, runtime="native")
                 counts = acceptance if acceptance is not None else Acceptance()
-                speculator = Speculator(self, text, logits_processor, sampled, control, counts)
+                speculator = Speculator(self, text, logits_processor, control, counts, sampled=sampled)
                 return _follow(speculator, input_ids, stopping_criteria, streamer)
             prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
             processed = sampled or len(logits_processor) > 0

@@ -9,7 +9,6 @@ end, where nobody looks before it is written over.
 """
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,50 +26,52 @@ from ..text import drawn
 if TYPE_CHECKING:
     from .session import Session, Step
 
-Guess = tuple[Drafter | None, list[int], list[Hashable]]
-"""Who guessed, the tokens, and the evidence of each; nobody is a plain step."""
+Guess = tuple[Drafter | None, list[Hashable]]
+"""Who guessed, and the evidence of each token; nobody is a plain step. The tokens stand behind the text."""
 
 
-@dataclass
 class Speculator:
     """Decodes one text.
 
     Args:
         session: Its cache's first row holds all of the text but the last token.
-        text: Prompt and tokens so far; grows.
+        text: The prompt.
         processors: Applied alike to every choice.
         sampled: Draw tokens, by torch's global generator.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
     """
 
-    session: "Session"
-    text: list[int]
-    processors: LogitsProcessorList
-    sampled: bool
-    control: Control
-    counts: Acceptance
-
-    def __post_init__(self) -> None:
-        self._ids = np.empty(self.session.context_tokens + 1, dtype=np.int64)
-        self._ids[: len(self.text)] = self.text
+    def __init__(
+        self,
+        session: "Session",
+        text: Int[np.ndarray, " t"],
+        processors: LogitsProcessorList,
+        control: Control,
+        counts: Acceptance,
+        *,
+        sampled: bool,
+    ) -> None:
+        self.session, self.processors, self.control, self.counts = session, processors, control, counts
+        self.sampled, self.length = sampled, len(text)
+        self._ids = np.empty(session.context_tokens + 1, dtype=np.int64)
+        self._ids[: self.length] = text
 
     def decode(self) -> Iterator[int]:
         """Tokens as they stand, without end; never past the cache."""
         while True:
             clock = Clock()
-            most = min(self.control.most_tokens, self.session.context_tokens - len(self.text))
-            drafter, guess, evidence = self._guess(most)
-            draft_s = clock.lap()
-            step, found = self._run(self.text, guess), []
+            drafter, evidence = self._guess(min(self.control.most_tokens, self.session.context_tokens - self.length))
+            guess, draft_s = self._ids[self.length :][: len(evidence)].tolist(), clock.lap()
+            step, found = self._run(self.length - 1, len(guess) + 1), []
             for place in range(len(guess) + 1):  # as many draws as tokens that stand
-                found.append(self._choice(step, place, self.text + guess[:place], sampled=self.sampled))
+                found.append(self._choice(step, place))
                 if place < len(guess) and found[place] != guess[place]:
                     break
             self._learn(drafter, evidence, len(found) - 1, draft_s, clock.lap())
             for token in found:
-                self._ids[len(self.text)] = token
-                self.text.append(token)
+                self._ids[self.length] = token
+                self.length += 1
                 yield token
 
     def _learn(
@@ -93,50 +94,53 @@ class Speculator:
     def _guess(self, most: int) -> Guess:
         """By whom the control chooses."""
         if most < 1:
-            return None, [], []
+            return None, []
         looks = any(drafter.budget is None for drafter in self.control.drafters)
-        passage = look_up(torch.from_numpy(self._ids[: len(self.text)]), most) if looks else None
+        passage = look_up(self._text(0)[0], most) if looks else None
         found = passage.found if passage is not None else 0
         drafter = self.control.choose(found)
         if drafter is None:
-            return None, [], []
+            return None, []
         if drafter.budget is not None:
-            return self._guess_by_gates(drafter, drafter.budget, most)
-        length = self.control.look_up_length(found, most)[0]
-        tokens = passage.tokens[:length].tolist() if passage is not None else []
-        return (drafter if tokens else None), tokens, [looked_up(found, place) for place in range(len(tokens))]
+            return drafter, self._guess_by_gates(drafter, drafter.budget, most)
+        length = self.control.look_up_length(found, most)[0] if passage is not None else 0
+        if passage is None or length == 0:
+            return None, []
+        self._ids[self.length : self.length + length] = passage.tokens[:length].numpy()
+        return drafter, [looked_up(found, place) for place in range(length)]
 
-    def _guess_by_gates(self, drafter: Drafter, share: float, most: int) -> Guess:
+    def _guess_by_gates(self, drafter: Drafter, share: float, most: int) -> list[Hashable]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
-        guess: list[int] = []
         evidence: list[Hashable] = []
         chance = 1.0
         with drafting(self.session.model), budget(self.session.model, share):
-            while len(guess) < most:
-                text = self.text + guess
-                step = self._run(text, [], draft=True)
-                scores = self.processors(torch.tensor([text]), step.logits)
+            while len(evidence) < most:
+                end = self.length + len(evidence)
+                logits = self._run(end - 1, 1, draft=True).logits
+                scores = self.processors(self._text(len(evidence)), logits)
                 top = scores.max(dim=-1)
-                guess.append(int(top.indices))
-                # the largest share, without a distribution: the rest of the sum is of values at most 1
-                evidence.append(sure(share, float(1 / (scores - top.values).exp().sum())))
+                self._ids[end] = int(top.indices)
+                evidence.append(sure(share, float(1 / (scores - top.values).exp().sum())))  # its share
                 chance *= self.control.odds.of(evidence[-1])
                 if not self.control.goes_on(drafter, chance):
                     break
-        return drafter, guess, evidence
+        return evidence
 
-    def _run(self, text: list[int], guess: list[int], *, draft: bool = False) -> "Step":
-        """What the text's last token and each guessed one after it give."""
-        ids, wanted = np.array([text[-1], *guess]), len(guess) + 1
+    def _text(self, guessed: int) -> Int[Tensor, "1 t"]:
+        """The text and some guessed tokens, where they lie."""
+        return torch.from_numpy(self._ids[None, : self.length + guessed])
+
+    def _run(self, first: int, count: int, *, draft: bool = False) -> "Step":
+        """What tokens at and after a place give."""
         logits = draft or self.sampled or len(self.processors) > 0
         own = draft and self.session.drafts
-        return self.session.run_row(ids, 0, len(text) - 1, wanted=wanted, logits=logits, draft=own)
+        return self.session.run_row(self._ids[first : first + count], 0, first, wanted=count, logits=logits, draft=own)
 
-    def _choice(self, step: "Step", place: int, text: list[int], *, sampled: bool) -> int:
-        """The token after a text, by one place of a call."""
+    def _choice(self, step: "Step", place: int) -> int:
+        """The token after the text and `place` guessed ones."""
         if step.logits is None:
             return int(step.best[place])
-        return int(choose(torch.tensor([text]), step.logits[place : place + 1], self.processors, sampled))
+        return int(choose(self._text(place), step.logits[place : place + 1], self.processors, self.sampled))
 
 
 def choose(

@@ -7,9 +7,10 @@ maximises tokens by time. Chances are counted by evidence that is there before a
 own confidence, or how long a passage was found again.
 
 What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may try
-again as long as the debts of its kind, gates or passages, are below half a step and 1 % of the tokens so far: over a
-hundred tokens and more, the whole stays above 0.97 of plain speed, apart from noise in the clock. None of this can change the text, or its distribution
-where it is sampled: it looks at tokens before the one in question, never at that one.
+again as long as the debts of its kind, gates or passages, are below half a step and 1 % of the tokens so far: over some
+hundred tokens and more, the whole stays above 0.97 of plain speed, apart from noise in the clock. None of this can
+change the text, or its distribution where it is sampled: it looks at tokens before the one in question, never at that
+one.
 """
 
 import time
