@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--recover", default="all", help="what is trained: lora, norms or all")
     parser.add_argument("--rate", type=float, help="learning rate of the recovery, instead of its default")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds")
+    parser.add_argument("--cache", type=Path, help="folder that keeps scores for the next run; default: none does")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     original, tokenizer = g.load(given.model)
@@ -70,9 +71,11 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out, original, texts, given.runs)
     rows("original", None, original, 0.0, 0.0)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as passing:
+        cache = given.cache or Path(passing)
+        cache.mkdir(parents=True, exist_ok=True)
         windows = torch.stack([passage.ids for passage in lessons[: given.windows]])
-        context = Context(windows, passages=lessons, original=original, cache=Path(cache))
+        context = Context(windows, passages=lessons, original=original, cache=cache)
         for share in given.shares:
             for method in given.methods:
                 model, seconds = cut(original, tokenizer, METHODS[method], share, context)

@@ -3,7 +3,8 @@
     native.avx2.packed   safetensors: the bytes of each matrix under its name; the metadata says what they belong to
 
 A file is used only if it was packed by this version, for the same kernels and settings, from the checkpoint as it
-stands: its manifest, which has the hash of every other file, is part of what must agree. Any other file is replaced.
+stands: its manifest, which has the hash of every other file, is part of what must agree, and so must the SHA-256 of the
+bytes themselves. Any other file is replaced.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ class PackedFile:
         if self.path is None or not self.made:
             return
         with suppress(OSError):
-            write_whole(self.path, save(self.made, metadata={"belongs": self.belongs}))
+            write_whole(self.path, save(self.made, {"belongs": self.belongs, "sha256": _sha256(self.made)}))
         self.made = {}
 
 
@@ -81,8 +82,17 @@ def _mapped(path: Path, belongs: str) -> dict[str, Bytes] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:  # of the frameworks, torch alone maps
-            if (file.metadata() or {}).get("belongs") != belongs:
+            facts = file.metadata() or {}
+            if facts.get("belongs") != belongs:
                 return None
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            return found if facts.get("sha256") == _sha256(found) else None
     except SafetensorError:  # cut off, or no such file at all
         return None
+
+
+def _sha256(matrices: dict[str, Bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(matrices):
+        digest.update(matrices[name])
+    return digest.hexdigest()
