@@ -283,11 +283,12 @@ def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
         (tokens(4, 5), {}, "4 sequences, and the cache has 3 rows"),
         (tokens(1, 5), dict(num_beams=2), "num_beams 2"),
         (tokens(2, 5), dict(speculate=True), "one sequence at a time"),
+        (tokens(1, 5), dict(speculate=True, attention_mask=torch.tensor([[0, 1, 1, 1, 1]])), "without padding"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be at least 1"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=128), "draft_tokens 128 must be from 1 to 127"),
         (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
     ],
-    ids=["context", "id", "negative id", "rows", "beams", "batch", "draft", "long draft", "draft budget"],
+    ids=["context", "id", "negative id", "rows", "beams", "batch", "padding", "draft", "long draft", "draft budget"],
 )
 def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -125,12 +125,12 @@ class Session:
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
                 settings = self._speculation({name: value for name, value in given.items() if value is not None})
-                self._check_speculation(input_ids, settings)
+                self._check_speculation(input_ids, model_kwargs.get("attention_mask"), settings)
+                counts = acceptance if acceptance is not None else Acceptance()
+                control = control_of(self.model, settings, 1, runtime="native")
                 text = input_ids[0].numpy()
                 if len(text) > 1:
                     self.prefill(text[:-1])
-                control = control_of(self.model, settings, 1, runtime="native")
-                counts = acceptance if acceptance is not None else Acceptance()
                 speculator = Speculator(self, text, logits_processor, control, counts, sampled=sampled)
                 return _follow(speculator, input_ids, stopping_criteria, streamer)
             prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
@@ -164,9 +164,11 @@ class Session:
             step = SelfSpeculation(drafts="both" if "draft_budget" in given else "look-up")
         return replace(step, **given)
 
-    def _check_speculation(self, ids: Int[Tensor, "b t"], settings: SelfSpeculation) -> None:
+    def _check_speculation(self, ids: Int[Tensor, "b t"], mask: Tensor | None, settings: SelfSpeculation) -> None:
         if len(ids) != 1:
             raise ValueError(f"the native runtime speculates for one sequence at a time, not for {len(ids)}")
+        if mask is not None and not mask.bool().all():
+            raise ValueError("the native runtime speculates for a prompt without padding: leave the padding out")
         most = extension().WINDOW - 1
         if settings.draft_tokens > most:
             raise ValueError(f"draft_tokens {settings.draft_tokens} must be from 1 to {most}")
