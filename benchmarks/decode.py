@@ -85,6 +85,12 @@ Run = Callable[[list[int], int], float]
 
 def main() -> None:
     """Run it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        measure(Path(scratch))
+
+
+def measure(scratch: Path) -> None:
+    """Read the arguments, take the turns, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of a gated, 4-bit checkpoint")
     parser.add_argument("--gguf", type=Path, required=True, help="the same model for the peers")
@@ -116,7 +122,7 @@ def main() -> None:
     absent: dict[str, str] = {}
     for name in PEERS if given.batch == 1 else ():
         try:
-            contestants[name], load_s[name] = _loaded(given.peers, name, given.gguf, threads)
+            contestants[name], load_s[name] = _loaded(given.peers, name, given.gguf, threads, scratch)
         except RuntimeError as error:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
@@ -180,17 +186,16 @@ def _load_s(model: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _loaded(python: str, name: str, file: Path, threads: int) -> tuple[Run, float]:
+def _loaded(python: str, name: str, file: Path, threads: int, scratch: Path) -> tuple[Run, float]:
     """A peer, and the median of its load seconds; OpenVINO's converted model is made first.
 
     Raises:
         RuntimeError: it does not start; says why.
     """
     if name.endswith("converted"):
-        folder = Path(tempfile.mkdtemp())
-        shutil.copy(file, folder / file.name)
-        _peer(python, name, folder / file.name, threads, "save")
-        file = folder
+        shutil.copy(file, scratch / file.name)
+        _peer(python, name, scratch / file.name, threads, "save")
+        file = scratch
     seconds = [_peer(python, name, file, threads)[1] for _ in range(LOADS - 1)]
     run, last = _peer(python, name, file, threads)
     return run, median([*seconds, last])

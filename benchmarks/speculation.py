@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
 from gateskip_compress import runtime
 from gateskip_compress.gating.dial import dial_of, drafting
 from gateskip_compress.measure import environment
 from gateskip_compress.quantization.linear import unpacked
+from gateskip_compress.runtime.watch import Times
 from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.text import chat_prompt
 
@@ -120,7 +120,7 @@ def written(
     name: str,
     ids: torch.Tensor,
     counts: Acceptance,
-    times: "Times | None" = None,
+    times: Times | None = None,
     **settings: Any,
 ) -> torch.Tensor:
     """What one variant writes."""
@@ -132,21 +132,6 @@ def written(
         return session.generate(ids, streamer=times, **whole, speculate=bool(drafts), **drafts)
     how = {"custom_generate": partial(g.self_speculative, streamer=times), **drafts} if drafts else {}
     return model.generate(ids, streamer=times, **whole, **how)
-
-
-class Times(BaseStreamer):
-    """When the prompt and the tokens came."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """One of them."""
-        del value
-        self.seen.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing."""
 
 
 def compare(

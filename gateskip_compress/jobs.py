@@ -65,9 +65,10 @@ def bench(
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     model, _ = load(source)
-    beside = _checkpoint(source) if keep else None
     context_tokens = prompt_tokens + new_tokens + 1
-    session = _session(model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=beside)
+    session = _session(
+        model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=source if keep else None
+    )
     with turned(model, budget), unpacked(model) if unpack else nullcontext():
         prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens)
         if session is None:
@@ -131,9 +132,10 @@ def generate(
         raise ValueError(f"--temperature {temperature} must not be negative")
     model, tokenizer = load(source)
     ids = chat_prompt(tokenizer, prompt).to(model.device)
-    beside = _checkpoint(source) if keep else None
     context_tokens = ids.shape[1] + new_tokens
-    session = _session(model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=beside)
+    session = _session(
+        model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=source if keep else None
+    )
     counts, run = Acceptance(), model.generate if session is None else session.generate
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # pyright: ignore[reportArgumentType]
     extra: dict[str, Any] = {"do_sample": False}
@@ -177,16 +179,12 @@ def _session(
     *,
     unpack: bool,
     speculate: bool,
-    beside: Path | None,
+    beside: str | None,
 ) -> Session | None:
-    """A native session, or None for torch; why not native is told."""
+    """A native session, or None for torch; why not native is told. Only checkpoints of ours keep packed weights."""
     if speculate:
         dial_of(model)  # raises where nothing could draft
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
-    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell, beside=beside)
-
-
-def _checkpoint(source: str) -> Path | None:
-    """The folder, where a source is a checkpoint of ours."""
-    return Path(source) if (Path(source) / MANIFEST).is_file() else None
+    folder = Path(beside) if beside is not None and (Path(beside) / MANIFEST).is_file() else None
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell, beside=folder)

@@ -109,12 +109,11 @@ class Stopwatch(Watch):
     @torch.inference_mode()
     def _decode(self, tokens: int) -> float:
         extra = {"custom_generate": self_speculative, "acceptance": self.acceptance} if self.speculate else {}
-        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, **extra}
-        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **extra}
         past = DynamicCache(config=self.model.config)
         self.model(self.prompt[:, :-1], past_key_values=past, use_cache=True, logits_to_keep=1)
         whole = {"attention_mask": torch.ones_like(self.prompt), "past_key_values": past}
-        call = lambda: self.model.generate(self.prompt, **whole, **length, **settings)  # noqa: E731
+        call = lambda: self.model.generate(self.prompt, max_new_tokens=tokens, **whole, **settings)  # noqa: E731
         return _seconds(call, self.model.device)
 
 

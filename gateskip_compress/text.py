@@ -237,8 +237,8 @@ def self_written(
 def drawn(probability: Float[Tensor, "n v"], generator: torch.Generator | None = None) -> Int[Tensor, "n 1"]:
     """A token for each row; far faster than `multinomial`, which takes as long as a third of the model."""
     below = probability.cumsum(-1)
-    drawn = torch.rand(len(below), 1, generator=generator) * below[:, -1:]
-    return torch.searchsorted(below, drawn, right=True).clamp_(max=below.shape[-1] - 1)
+    at = torch.rand(len(below), 1, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, at, right=True).clamp_(max=below.shape[-1] - 1)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Int[Tensor, "1 t"]:

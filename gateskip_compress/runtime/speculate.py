@@ -19,8 +19,8 @@ from transformers import LogitsProcessorList
 
 from ..gating.dial import budget, drafting
 from ..speculation.acceptance import Acceptance
-from ..speculation.control import Clock, Control, Drafter, looked_up, sure
-from ..speculation.draft import look_up
+from ..speculation.control import Clock, Control, Drafter, sure, take_in
+from ..speculation.draft import draft_passages, look_up
 from ..text import drawn
 
 if TYPE_CHECKING:
@@ -68,28 +68,11 @@ class Speculator:
                 found.append(self._choice(step, place))
                 if place < len(guess) and found[place] != guess[place]:
                     break
-            self._learn(drafter, evidence, len(found) - 1, draft_s, clock.lap())
+            take_in(self.control, self.counts, drafter, [evidence], [len(found) - 1], draft_s, clock.lap())
             for token in found:
                 self._ids[self.length] = token
                 self.length += 1
                 yield token
-
-    def _learn(
-        self, drafter: Drafter | None, evidence: list[Hashable], stands: int, draft_s: float, verify_s: float
-    ) -> None:
-        """Count, and tell the control."""
-        counts = self.counts
-        if drafter is None:
-            counts.plain_steps += 1
-            counts.plain_s += draft_s + verify_s
-            self.control.plain(draft_s + verify_s)
-            return
-        self.control.learn(drafter, [evidence], [stands], draft_s, verify_s)
-        counts.verifies += 1
-        counts.drafted += len(evidence)
-        counts.accepted += stands
-        counts.draft_s += draft_s
-        counts.verify_s += verify_s
 
     def _guess(self, most: int) -> Guess:
         """By whom the control chooses."""
@@ -97,17 +80,16 @@ class Speculator:
             return None, []
         looks = any(drafter.budget is None for drafter in self.control.drafters)
         passage = look_up(self._text(0)[0], most) if looks else None
-        found = passage.found if passage is not None else 0
-        drafter = self.control.choose(found)
+        drafter = self.control.choose(passage.found if passage is not None else 0)
         if drafter is None:
             return None, []
         if drafter.budget is not None:
             return drafter, self._guess_by_gates(drafter, drafter.budget, most)
-        length = self.control.look_up_length(found, most)[0] if passage is not None else 0
-        if passage is None or length == 0:
-            return None, []
-        self._ids[self.length : self.length + length] = passage.tokens[:length].numpy()
-        return drafter, [looked_up(found, place) for place in range(length)]
+        assert passage is not None  # it alone lets this one be chosen
+        draft = draft_passages([passage], self.control, most)
+        evidence = draft.evidence[0]
+        self._ids[self.length : self.length + len(evidence)] = draft.tokens[0].numpy()
+        return (drafter if evidence else None), evidence
 
     def _guess_by_gates(self, drafter: Drafter, share: float, most: int) -> list[Hashable]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""

@@ -28,7 +28,7 @@ class SessionWatch(Watch):
         return perf_counter() - began
 
     def _decode(self, tokens: int) -> float:
-        times = _Times()
+        times = Times()
         # without an end token, not by a processor that forbids it: plain greedy decoding has none
         settings = {
             "do_sample": False,
@@ -43,7 +43,7 @@ class SessionWatch(Watch):
         return times.seen[-1] - times.seen[1]  # the prompt is put first, and the first token comes with it
 
 
-class _Times(BaseStreamer):
+class Times(BaseStreamer):
     """Keeps when what was put came."""
 
     def __init__(self) -> None:

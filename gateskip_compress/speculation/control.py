@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..gating.dial import dial_of
+from .acceptance import Acceptance
 from .transform import SelfSpeculation
 
 _PATIENCE = 64
@@ -240,6 +241,39 @@ def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, 
         drafters = [*looking, *map(Drafter, budgets)]
         known[key] = Control(drafters, settings.draft_tokens, adapt=settings.adapt)
     return known[key]
+
+
+def take_in(
+    control: Control,
+    counts: Acceptance,
+    drafter: Drafter | None,
+    evidence: list[list[Hashable]],
+    stands: list[int],
+    draft_s: float,
+    rest_s: float,
+) -> None:
+    """Count what a round came to, and tell the control.
+
+    Args:
+        control: Learns.
+        counts: Are added to.
+        drafter: Who drafted; None is a plain step.
+        evidence: As in `Control.learn`.
+        stands: As there; one a row for plain steps too.
+        draft_s: Seconds of drafting.
+        rest_s: Of the pass, and of what followed.
+    """
+    if drafter is None:
+        counts.plain_steps += len(stands)
+        counts.plain_s += draft_s + rest_s
+        control.plain(draft_s + rest_s)
+        return
+    control.learn(drafter, evidence, stands, draft_s, rest_s)
+    counts.verifies += len(stands)
+    counts.drafted += sum(map(len, evidence))
+    counts.accepted += sum(stands)
+    counts.draft_s += draft_s
+    counts.verify_s += rest_s
 
 
 class Clock:

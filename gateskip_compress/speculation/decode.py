@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..gating.dial import branch_index, budget, decisions, dial_of, drafting, is_gated
 from .accept import stand_by_chance, stand_greedily
 from .acceptance import Acceptance
-from .control import Clock, Control, Drafter, control_of
+from .control import Clock, Control, Drafter, control_of, take_in
 from .draft import Draft, draft_by_gates, draft_passages, look_up
 from .rows import Rows
 from .scores import check_processors, processed
@@ -162,7 +162,7 @@ class _Decoder:
         else:
             stands, after = self._greedily(texts, draft, scores, tied)
         counts = stands.tolist()
-        self._learn(drafter, draft, counts, draft_s, clock.lap())
+        take_in(self.control, self.acceptance, drafter, draft.evidence, counts, draft_s, clock.lap())
         return [torch.cat((draft.tokens[row, :n], after[row, None])) for row, n in enumerate(counts)]
 
     def _draft(self, texts: list[Tensor], most: int) -> tuple[Drafter | None, Draft]:
@@ -227,21 +227,6 @@ class _Decoder:
         self.rows.take_back(text.new_tensor([self.rows.cache.get_seq_length() - clean]))
         self.acceptance.repeated += len(text) - clean
         return [self.rows.feed(token[None]) for token in text[clean:].split(1)][-1]
-
-    def _learn(self, drafter: Drafter | None, draft: Draft, stands: list[int], draft_s: float, rest_s: float) -> None:
-        """Count, and tell the control."""
-        counts = self.acceptance
-        if drafter is None:
-            counts.plain_steps += len(stands)
-            counts.plain_s += draft_s + rest_s
-            self.control.plain(draft_s + rest_s)
-            return
-        self.control.learn(drafter, draft.evidence, stands, draft_s, rest_s)
-        counts.verifies += len(stands)
-        counts.drafted += int(draft.lengths.sum())
-        counts.accepted += sum(stands)
-        counts.draft_s += draft_s
-        counts.verify_s += rest_s
 
 
 def _first_tie(scores: Float[Tensor, "m v"], near: Float[Tensor, " m"], places: int) -> int | None:

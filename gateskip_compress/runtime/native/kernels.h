@@ -45,7 +45,7 @@ struct Activations {
   float* x = nullptr;
   int8_t* q = nullptr;
   int8_t* fine = nullptr;   // or none: 8 bits
-  int16_t* wide = nullptr;  // kCoarser * q + fine, where there is `fine`
+  int16_t* wide = nullptr;  // kCoarser * q + fine, for kernels that read it
   float* scale = nullptr;  // per chunk
   float* sum = nullptr;    // per chunk: scale * the sum of its codes
 

@@ -249,8 +249,9 @@ void quantize(const Activations& a, int token, int begin, int end) {
     float sum = static_cast<float>(round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk));
     if (a.fine) {
       sum += kFiner * static_cast<float>(round_chunk<V>(x, 1 / kFiner, a.fine + place * kChunk));
-      for (size_t i = place * kChunk; i < (place + 1) * kChunk; ++i)
-        a.wide[i] = static_cast<int16_t>(kCoarser * a.q[i] + a.fine[i]);
+      if constexpr (V::wide8)
+        for (size_t i = place * kChunk; i < (place + 1) * kChunk; ++i)
+          a.wide[i] = static_cast<int16_t>(kCoarser * a.q[i] + a.fine[i]);
     }
     a.scale[place] = scale;
     a.sum[place] = scale * sum;
