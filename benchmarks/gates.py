@@ -50,7 +50,7 @@ from gateskip_compress.baselines.batch_quantile import BatchQuantile
 from gateskip_compress.baselines.early_exit import EarlyExit
 from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
 from gateskip_compress.baselines.random_skip import RandomSkip
-from gateskip_compress.gating.calibrate import calibrate
+from gateskip_compress.gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
 from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.macs import branch_costs, ungated_macs_per_token
 from gateskip_compress.measure import cores, environment
@@ -63,7 +63,7 @@ from gateskip_compress.text import Passage, passages, self_written
 
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
-DISTILLED = g.Training(steps=120, batch=4, cross_entropy=0.3, precision="bf16")
+DISTILLED = g.Training(steps=90, batch=4, cross_entropy=0.3)
 PAPER = g.GateSkip(
     budget=0.75,
     kind="vector",
@@ -80,7 +80,7 @@ VARIANTS: dict[str, Any] = {
     "narrow": g.GateSkip(surrogate="narrow"),
     "narrow, sensitivity": g.GateSkip(surrogate="narrow", allocation="sensitivity"),
     "narrow, distilled": g.GateSkip(
-        budget=0.7, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, steps=160, train="all")
+        budget=0.7, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, train="all", rate=1e-4)
     ),
     "uniform": g.GateSkip(allocation="uniform"),
     "zero": g.GateSkip(surrogate="zero"),
@@ -151,7 +151,8 @@ def measure(given: argparse.Namespace) -> None:
                     dial = dial_of(model)
                     if name not in tables:
                         with quick_products():
-                            tables[name] = calibrate(model, alike[name], applied.spread)
+                            few = first_tokens(alike[name], CALIBRATION_TOKENS)
+                            tables[name] = calibrate(model, few, applied.spread, budgets=given.budgets)
                     dial.table = tables[name]
                     if share < dial.floor:
                         print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")

@@ -157,6 +157,7 @@ def evaluate_model(
 @app.command()
 def bench(
     model: Model,
+    text: Annotated[str, typer.Option(help="What prompts are cut from: a file, or hf:NAME:SPLIT.")],
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     runs: int = 3,
@@ -171,6 +172,7 @@ def bench(
 
     found = time_it(
         model,
+        text,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         runs=runs,

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
 from .checkpoint import MANIFEST
 from .gating.dial import budget as turned_to
 from .gating.dial import dial_of
-from .measure import Stopwatch, disk_bytes, environment, measure_speed, random_prompt
+from .measure import Stopwatch, disk_bytes, environment, measure_speed
 from .quantization.linear import unpacked
 from .runtime.choose import choose_runtime
 from .runtime.session import Session
@@ -21,7 +23,7 @@ from .runtime.watch import SessionWatch
 from .source import load
 from .speculation.acceptance import Acceptance
 from .speculation.decode import self_speculative
-from .text import chat_prompt
+from .text import Passage, chat_prompt, documents, windowed
 
 Tell = Callable[[str], object]
 
@@ -32,6 +34,7 @@ def _silent(_message: str) -> None:
 
 def bench(
     source: str,
+    text: str | Int[Tensor, " _"],
     *,
     prompt_tokens: int,
     new_tokens: int,
@@ -47,9 +50,10 @@ def bench(
 
     Args:
         source: As in `source.load`.
-        prompt_tokens: Of a seeded random prompt.
+        text: What prompts are cut from: as in `text.documents`, or token ids.
+        prompt_tokens: Of each prompt.
         new_tokens: To decode.
-        runs: Timed repetitions, after a warm-up.
+        runs: Timed repetitions, after a warm-up, each of the next prompt; from the first again where the text ends.
         budget: Share of multiply-adds to run; None leaves the model's own.
         speculate: Decode self-speculatively.
         unpack: Hold quantized weights as float.
@@ -59,28 +63,31 @@ def bench(
 
     Raises:
         ValueError: a number is out of range.
-        GateSkipError: the model cannot be loaded, or not run so.
+        GateSkipError: the model cannot be loaded, or not run so; or the text is shorter than a prompt.
     """
     for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
-    model, _ = load(source)
+    model, tokenizer = load(source)
+    found = documents(text, tokenizer) if isinstance(text, str) else [Passage.whole(text)]
+    prompts = windowed(found, prompt_tokens, runs * prompt_tokens, text if isinstance(text, str) else "the text")
     context_tokens = prompt_tokens + new_tokens + 1
     session = _session(
         model, runtime, context_tokens, tell, unpack=unpack, speculate=speculate, beside=source if keep else None
     )
     with turned(model, budget), unpacked(model) if unpack else nullcontext():
-        prompt = random_prompt(model.config.get_text_config().vocab_size, prompt_tokens)
         if session is None:
-            watch = Stopwatch(prompt.to(model.device), new_tokens, model, speculate=speculate)
+            prompts = prompts.to(model.device)
+            watch = Stopwatch(prompts[:1], new_tokens, model, speculate=speculate)
         else:
-            watch = SessionWatch(prompt, new_tokens, session, speculate=speculate)
-        speed = measure_speed(watch, runs)
+            watch = SessionWatch(prompts[:1], new_tokens, session, speculate=speculate)
+        speed = measure_speed(watch, runs, prompts)
     folder = Path(source)
     return {
         **asdict(speed),
         "disk_bytes": disk_bytes(folder) if folder.is_dir() else None,
         "batch": 1,
+        "text": text if isinstance(text, str) else None,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "runtime": "torch" if session is None else f"native, {session.kernels}",

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,15 +56,16 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     start_server()
     original, tokenizer = load(recipe.model, recipe.dtype)
     runtime = _runtime(original)
+    held_out = evaluation_text(recipe, original, tokenizer, track)
+    timed = {**recipe.bench.model_dump(), "text": _prompts(recipe, held_out)}
     calibration, seconds = _timed(lambda: calibration_text(recipe, original, tokenizer, track))
     lessons = training_text(recipe, tokenizer)
-    held_out = evaluation_text(recipe, original, tokenizer, track)
     reference = Reference.of(original, held_out, track)
     first = out / "steps" / "0-original"
     if not (first / "stage.json").is_file():
         _save(original, first)
         tokenizer.save_pretrained(first)  # a compressed model saves it itself, under its manifest's hashes
-        _stage(recipe, first, None, {**asdict(reference.quality), "macs_share": 1.0}, runtime)
+        _stage(first, None, {**asdict(reference.quality), "macs_share": 1.0}, {**timed, **runtime})
     model, done, steps = None, 0, list(recipe.pipeline())
     folders = [out / "steps" / f"{i}-{step.name}" for i, step in enumerate(steps, 1)]
     while done < len(folders) and (folders[done] / "stage.json").is_file():
@@ -85,14 +87,17 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         else:
             with unpacked(model):
                 found = _quality(model, held_out, reference, track)
-        _stage(recipe, folder, (step, taken, record), found, runtime)
+        _stage(folder, (step, taken, record), found, {**timed, **runtime})
         shutil.rmtree(unfinished, ignore_errors=True)
     stages = [_read(folder) for folder in (first, *folders)]
     curve = _curve(model, original, held_out, track) if is_gated(model) else []
     model.gateskip.measured = {"original": _shown(stages[0]), "final": _shown(stages[-1])}
     model.save_pretrained(out / "model")
     samples, speculation = _decoded(recipe, first, out / "model", stages[-1], runtime)
-    plain = _bench(recipe, first, runtime="torch")
+    if speculation is not None:
+        plainly = _fresh(bench, out / "model", **timed, **runtime)
+        speculation["plain_decode_tokens_per_s"] = plainly["decode_tokens_per_s"]
+    on_torch = _fresh(bench, first, **timed, runtime="torch")
     report = {
         "name": recipe.model,
         "command": command,
@@ -111,7 +116,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
         "curve": curve,
         "speculation": speculation,
         "samples": samples,
-        "notes": _notes(recipe, stages, plain),
+        "notes": _notes(recipe, stages, on_torch),
     }
     write_report(report, out)
     return report
@@ -179,6 +184,17 @@ def evaluation_text(
     return [Passage.whole(window) for window in written]
 
 
+def _prompts(recipe: Recipe, held_out: Sequence[Passage]) -> Int[Tensor, " t"]:
+    """Token ids that what is timed reads: held-out text, since what gates skip and drafts gain depends on it."""
+    ids, wanted = torch.cat([passage.ids for passage in held_out]), recipe.bench.prompt_tokens
+    if len(ids) < wanted:
+        raise PipelineError(
+            f"bench.prompt_tokens {wanted}: the evaluation text, which prompts are cut from, has {len(ids)} tokens; "
+            "lower it, or raise evaluation.most_tokens"
+        )
+    return ids
+
+
 def _save(model: PreTrainedModel, folder: Path) -> None:
     """The model as it stands after a step; no stage yet."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -194,23 +210,21 @@ def _quality(
 
 
 def _stage(
-    recipe: Recipe,
     folder: Path,
     done: tuple[Transform, float, dict[str, Any]] | None,
     quality: dict[str, Any],
-    runtime: dict[str, Any],
+    timed: dict[str, Any],
 ) -> None:
     """Time a saved model and write its stage.json: that comes last, and makes the step finished.
 
     Args:
-        recipe: What is run.
         folder: Of the model.
         done: The step, its seconds and its record; None for the original.
         quality: Fields of `Quality`, and `macs_share`.
-        runtime: As in `_runtime`.
+        timed: What `jobs.bench` is given.
     """
     step, seconds, record = done if done is not None else (None, None, {})
-    speed = _bench(recipe, folder, **runtime, speculate=step is not None and step.name == "self_speculation")
+    speed = _fresh(bench, folder, **timed, speculate=step is not None and step.name == "self_speculation")
     original = quality if step is None else _read(folder.parent / "0-original")
     stage = {
         "name": step.name if step else "original",
@@ -284,12 +298,7 @@ def _decoded(
         "tokens_per_verify": (accepted + verifies) / verifies if verifies else None,
         "identical_tokens": same if recipe.prompts else None,
         "decode_tokens_per_s": last["decode_tokens_per_s"],
-        "plain_decode_tokens_per_s": _bench(recipe, final, **runtime)["decode_tokens_per_s"],
     }
-
-
-def _bench(recipe: Recipe, folder: Path, **how: Any) -> dict[str, Any]:
-    return _fresh(bench, folder, **recipe.bench.model_dump(), **how)
 
 
 def _generate(folder: Path, prompt: str, **how: Any) -> dict[str, Any]:

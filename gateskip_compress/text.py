@@ -124,9 +124,16 @@ def windows(
     Raises:
         CalibrationError: the text is shorter than one window.
     """
+    return windowed(documents(source, tokenizer), window_tokens, most_tokens, str(source))
+
+
+def windowed(
+    found: Iterable[Passage], window_tokens: int, most_tokens: int, source: str = "the text"
+) -> Int[Tensor, "n t"]:
+    """Passages end to end, cut into whole windows; see `windows`."""
     ids: list[int] = []
-    for document in documents(source, tokenizer):
-        ids += document.ids.tolist()
+    for passage in found:
+        ids += passage.ids.tolist()
         if len(ids) >= most_tokens:
             break
     count = min(len(ids), most_tokens) // window_tokens

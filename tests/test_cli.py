@@ -86,7 +86,8 @@ def test_eval_compares_with_the_original(call, place):
 
 
 def test_bench_keeps_its_samples(call, place):
-    code, out, err = call("bench", place / "small", "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 2, "--json")
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 4, "--runs", 2)
+    code, out, err = call("bench", place / "small", "--text", place / "text.txt", *sizes, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert len(found["prefill_s"]) == len(found["decode_s"]) == 2
@@ -151,6 +152,14 @@ def test_inspect_shows_where_gates_skip(call, place, tmp_path, monkeypatch):
     assert json.loads(out)["whole"]
 
 
+def test_prompts_longer_than_the_text_are_refused_before_anything_is_fitted(call, place, tmp_path):
+    setting = "bench.prompt_tokens=129"
+    code, _, err = call("run", place / "recipe.yaml", "--out", tmp_path / "new", "--set", setting)
+    assert code == 2
+    assert "bench.prompt_tokens 129: the evaluation text" in err
+    assert "has 128 tokens; lower it, or raise evaluation.most_tokens" in err
+
+
 def _interrupt(*_):
     raise KeyboardInterrupt
 
@@ -165,7 +174,10 @@ def _interrupt(*_):
         (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
         (("generate", "{small}", "--prompt", "a", "--temperature=-1"), "--temperature -1.0 must not be negative"),
         (("generate", "{small}", "--prompt", "a", "--runtime", "cuda"), "runtime 'cuda' must be one of auto, native"),
-        (("bench", "{small}", "--runtime", "native", "--unpack"), "--unpack is for torch"),
+        (
+            ("bench", "{small}", "--text", "{text}", "--prompt-tokens", "8", "--runtime", "native", "--unpack"),
+            "--unpack is for torch",
+        ),
         (("eval", "{small}", "--text", "absent.txt"), "no text file absent.txt"),
         (("eval", "{small}", "--text", "{text}", "--window-tokens", "1"), "window_tokens 1 must be at least 2"),
         (("inspect", "{plain}"), "not a checkpoint of ours"),
@@ -180,7 +192,9 @@ def _interrupt(*_):
         (("inspect", "{small}", "--text", "{text}", "--out", "{small}/page.html"), "is inside the checkpoint"),
         (("inspect", "{small}", "--text", "{text}", "--out", "page.txt"), "page.txt must end in .html"),
         (("report", "{plain}"), "not a finished run"),
-        (("bench", "{small}", "--runs", "0"), "--runs 0 must be at least 1"),
+        (("bench", "{small}"), "Missing option '--text'"),
+        (("bench", "{small}", "--text", "{text}", "--runs", "0"), "--runs 0 must be at least 1"),
+        (("bench", "{small}", "--text", "{text}"), "has 400 tokens, fewer than one window of 512"),
         (("plan", "{recipe}", "--set", "quantize.group_size=48"), "48 must be one of 32, 64, 128"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

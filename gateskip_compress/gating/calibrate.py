@@ -44,6 +44,7 @@ def calibrate(
     sequences: Iterable[Int[Tensor, " _t"]],
     allocation: Allocation = "global",
     track: Callable[..., Iterable[Any]] = untracked,
+    budgets: Sequence[float] = BUDGETS,
 ) -> tuple[Setting, ...]:
     """Table of settings of a gated model, highest budget first; ends where even skipping everything spends more.
 
@@ -53,6 +54,7 @@ def calibrate(
             this kind and of about these lengths.
         allocation: How budgets are spread over branches.
         track: As in `Context`.
+        budgets: To calibrate for, from above; each takes a pass over the text.
 
     Raises:
         CalibrationError: no sequence has a token that may skip.
@@ -63,7 +65,7 @@ def calibrate(
     context_tokens = round(mean_keys(used))
     table: list[Setting] = []
     seen = observe(model, used, everywhere(model, RUN_ALL))
-    for target in track(BUDGETS, "calibrate thresholds"):
+    for target in track(budgets, "calibrate thresholds"):
         thresholds = thresholds_for(model, seen, target, context_tokens, allocation)
         if thresholds is None:
             break

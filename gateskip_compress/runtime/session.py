@@ -204,7 +204,7 @@ class Session:
             self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0)
         return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits)
 
-    def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: bool) -> Step:
+    def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: Any) -> Step:
         """Run neighbouring tokens of one sequence; what the last `wanted` of them give. `how` is as in `run`."""
         places = np.arange(len(ids), dtype=np.int32)
         return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], **how)
@@ -219,6 +219,7 @@ class Session:
         logits: bool = False,
         decisions: bool = False,
         draft: bool = False,
+        vocabulary: int | None = None,
     ) -> Step:
         """One call of the native model at the dial's thresholds; the cache's positions up to each token must be filled.
 
@@ -230,9 +231,11 @@ class Session:
             logits: Wanted besides the best tokens.
             decisions: Wanted besides.
             draft: By the gates for drafting, where the model has some of their own and is set to them.
+            vocabulary: Entries to choose from, the first ones, a multiple of 32; None is all.
         """
+        entries = vocabulary_size(self.model) if vocabulary is None else vocabulary
         best, all_logits, kept, scores = self.native.run(
-            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions, draft
+            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions, draft, entries
         )
         return Step(
             best,

@@ -261,7 +261,7 @@ struct HeldModel {
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
   py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
-                bool with_decisions, bool draft) {
+                bool with_decisions, bool draft, int vocabulary) {
     const Shape& s = model.shape;
     Call call;
     call.count = static_cast<int>(ids.size());
@@ -284,11 +284,14 @@ struct HeldModel {
       call.thresholds = thresholds->data();
     }
     call.wanted = static_cast<int>(want.size()), call.want = want.data();
+    check(vocabulary == s.vocabulary || (vocabulary > 0 && vocabulary < s.vocabulary && vocabulary % kChunk == 0),
+          "a part of the vocabulary is whole chunks of it");
+    call.vocabulary = vocabulary;
     Ints best(want.size());
     call.best = best.mutable_data();
     py::object logits = py::none(), kept = py::none(), scores = py::none();
     if (with_logits) {
-      Floats all({want.size(), py::ssize_t(s.vocabulary)});
+      Floats all({want.size(), py::ssize_t(vocabulary)});
       call.logits = all.mutable_data();
       logits = all;
     }

@@ -311,6 +311,7 @@ int Model::largest(float* logits, int begin, int end, const float* x, float* row
 
 // Logits of the wanted tokens, and the largest of each.
 void Model::read_out(const Call& call, int thread) {
+  const int size = call.vocabulary;
   for (int first = 0; first < call.wanted; first += kLogits) {
     const int count = std::min(kLogits, call.wanted - first);
     const auto [begin, end] = share(count, thread);
@@ -320,16 +321,16 @@ void Model::read_out(const Call& call, int thread) {
       kernels.quantize(normed_, i, 0, shape.width);
     }
     team_.wait();
-    float* logits = call.logits ? call.logits + size_t(first) * shape.vocabulary : logits_;
-    const auto [from, to] = share(blocks(head, kernels.lanes), thread);
-    kernels.multiply(head, from, to, normed_, lists_[thread].all.data(), count, logits, shape.vocabulary);
+    float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
+    const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
+    kernels.multiply(head, from, to, normed_, lists_[thread].all.data(), count, logits, size);
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
-          largest(logits + size_t(i) * shape.vocabulary, from * kernels.lanes,
-                  std::min(to * kernels.lanes, shape.vocabulary), normed_.floats(i), row_ + size_t(thread) * shape.width);
+          largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),
+                  normed_.floats(i), row_ + size_t(thread) * shape.width);
     team_.wait();
     for (int i = begin; i < end; ++i) {
-      const float* row = logits + size_t(i) * shape.vocabulary;
+      const float* row = logits + size_t(i) * size;
       int best = best_[i];
       for (int member = 1; member < team_.size(); ++member) {
         const int found = best_[member * kLogits + i];

@@ -63,6 +63,7 @@ struct Call {
   const float* thresholds = nullptr;  // attention of layer l at 2l, its MLP at 2l + 1; or none: all run
   int wanted = 0;
   const int32_t* want = nullptr;  // tokens whose logits are computed
+  int vocabulary = 0;             // entries that are looked at: the first ones; whole blocks of rows, or all
   float* logits = nullptr;        // (wanted, vocabulary), or none
   int32_t* best = nullptr;        // (wanted): the first of the largest logits
   uint8_t* kept = nullptr;        // (2 layers, count), or none
