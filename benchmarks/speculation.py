@@ -257,11 +257,14 @@ def step_s(
     """Median seconds of a pass over some tokens, as the model stands, after a prompt."""
     seconds = []
     if session is not None:
-        prompt, draft = ids[0].numpy(), draft and session.drafts
+        prompt = ids[0].numpy()
         session.prefill(prompt)
         for run in range(5 * RUNS + 1):
             began, some = time.perf_counter(), prompt[run % RUNS :][:tokens]
-            session.run_row(some, 0, len(prompt), wanted=len(some), draft=draft)
+            if draft:
+                session.draft_row(some, 0, len(prompt))
+            else:
+                session.run_row(some, 0, len(prompt), wanted=len(some))
             seconds.append(time.perf_counter() - began)
         return median(seconds[1:])
     cache = DynamicCache(config=model.config)

@@ -221,6 +221,26 @@ def test_gates_for_drafting_alone_draft_as_on_torch_and_change_no_token():
     assert 0 < counts.accepted < counts.drafted
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_part_of_the_vocabulary_has_the_bits_of_the_whole(small, kernels):
+    session, ids = lower(small, kernels=kernels, **EXACT), tokens(1, 40)[0]
+    whole, part = logits_of(session, ids), logits_of(session, ids, vocabulary=64)
+    assert torch.equal(part.logits, whole.logits[:, :64])
+    assert np.array_equal(part.best, whole.logits[:, :64].argmax(-1).numpy())
+    for wrong in (0, 33, 1024):
+        with pytest.raises(ValueError, match="a part of the vocabulary"):
+            logits_of(session, ids, vocabulary=wrong)
+
+
+def test_drafts_choose_among_the_first_quarter_of_a_large_vocabulary():
+    model = tiny("llama", vocab_size=20_000)
+    session = lower(compress(model, gates(surrogate="mean", budget=0.95)), **EXACT)
+    ids = tokens(1, 20)[0].numpy()
+    drafted, whole = session.draft_row(ids, 0, 0), session.run_row(ids, 0, 0, wanted=1, logits=True)
+    assert drafted.logits.shape == (1, 5024)  # 157 chunks of 32
+    assert torch.equal(drafted.logits, whole.logits[:, :5024])
+
+
 def test_sampling_draws_from_the_models_own_distribution(small, session):
     ids = tokens(1, 12)
     with torch.no_grad():

@@ -9,7 +9,7 @@ end, where nobody looks before it is written over.
 """
 
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from .pack import vocabulary_size
 if TYPE_CHECKING:
     from .session import Session, Step
 
-_LIKELY = 4096
-"""Entries of a vocabulary that guesses come from at least."""
 Guess = tuple[Drafter | None, list[Hashable]]
 """Who guessed, and the evidence of each token; nobody is a plain step. The tokens stand behind the text."""
 
@@ -58,8 +56,6 @@ class Speculator:
     ) -> None:
         self.session, self.processors, self.control, self.counts = session, processors, control, counts
         self.sampled, self.length = sampled, len(text)
-        self.vocabulary = vocabulary_size(session.model)
-        self.likely = min(self.vocabulary, max(_LIKELY, -(-self.vocabulary // 128) * 32))
         self._ids = np.empty(session.context_tokens + 1, dtype=np.int64)
         self._ids[: self.length] = text
 
@@ -104,9 +100,11 @@ class Speculator:
         with drafting(self.session.model), budget(self.session.model, share):
             while len(evidence) < most:
                 end = self.length + len(evidence)
-                scores = self._draft_logits(end - 1)
+                scores = self.session.draft_row(self._ids[end - 1 : end], 0, end - 1).logits
+                assert scores is not None  # a drafting step gives them
                 if len(self.processors) > 0:  # they know tokens by their place in the whole vocabulary
-                    scores = F.pad(scores, (0, self.vocabulary - self.likely), value=-torch.inf)
+                    rest = vocabulary_size(self.session.model) - scores.shape[1]
+                    scores = F.pad(scores, (0, rest), value=-torch.inf)
                     scores = self.processors(self._text(len(evidence)), scores)
                 top = scores.max(dim=-1)
                 self._ids[end] = int(top.indices)
@@ -124,17 +122,6 @@ class Speculator:
         """What tokens at and after a place give."""
         logits = self.sampled or len(self.processors) > 0
         return self.session.run_row(self._ids[first : first + count], 0, first, wanted=count, logits=logits)
-
-    def _draft_logits(self, place: int) -> Float[Tensor, "1 v"]:
-        """What the token at a place gives under the drafting gates, for the first quarter of the vocabulary.
-
-        Merges are numbered as they were learnt, the frequent ones first: nine of ten tokens are in the first quarter
-        (SmolLM2), and reading the whole output head takes a draft as long as reading the blocks it runs.
-        """
-        how: dict[str, Any] = {"logits": True, "draft": self.session.drafts, "vocabulary": self.likely}
-        logits = self.session.run_row(self._ids[place : place + 1], 0, place, wanted=1, **how).logits
-        assert logits is not None  # they were asked for
-        return logits
 
     def _choice(self, step: "Step", place: int) -> int:
         """The token after the text and `place` guessed ones."""
