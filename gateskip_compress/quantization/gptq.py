@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .groups import GroupWeight, check_weight, encode, scale_and_zero
+from .groups import GroupWeight, check_weight, scale_and_zero, steps
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
 
 
+@torch.no_grad()
 def gptq(
     weight: Float[Tensor, "o d"],
     hessian: Float[Tensor, "d d"],
@@ -64,13 +65,14 @@ def gptq(
             block.T, bits, len(group), symmetric, weight.dtype, clip=clip, importance=active[group]
         )
         at, around = one_scale[:, 0].float(), one_zero[:, 0].float()
-        errors = torch.empty_like(block)
-        for i in range(end - begin):
-            row = inverse[begin + i]
-            code = encode(block[i], at, around, bits)
-            codes[group[i]] = code
-            errors[i] = (block[i] - (code.float() - around) * at) / row[begin + i]
-            block[i + 1 :].addr_(row[begin + i + 1 : end], errors[i], alpha=-1)
+        errors, rounded = torch.empty_like(block), torch.empty_like(block)
+        factor = inverse[begin:end, begin:end]
+        diagonal = factor.diagonal().tolist()
+        for i, (column, error) in enumerate(zip(block, errors, strict=True)):
+            rounded[i] = steps(column, at, around, bits)
+            torch.sub(column, rounded[i] * at, out=error).div_(diagonal[i])
+            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        codes[group] = rounded.add_(around).to(torch.uint8)
         left[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
         place = int(group.min()) // group_size
         scale[:, place], zero[:, place] = one_scale[:, 0], one_zero[:, 0].to(torch.uint8)

@@ -156,13 +156,18 @@ def _range(
 
 def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, counts: Tensor | int) -> Tensor:
     at, around = scale.float()[..., None], zero.float()[..., None]
-    kept = (encode(groups, at, around, bits).float() - around) * at
-    return ((groups - kept) ** 2 * counts).sum(-1)
+    missed = steps(groups, at, around, bits).mul_(at).sub_(groups)
+    return missed.square_().mul_(counts).sum(-1)
+
+
+def steps(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest codes less zero, as floats; the three tensors broadcast."""
+    return (weight / scale).round_().clamp_(-zero, 2**bits - 1 - zero)
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> UInt8[Tensor, "..."]:
     """Nearest codes; the three tensors broadcast."""
-    return ((weight / scale).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
+    return steps(weight, scale, zero, bits).add_(zero).to(torch.uint8)
 
 
 def check_weight(weight: Tensor) -> None:
