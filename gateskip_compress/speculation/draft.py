@@ -48,11 +48,15 @@ def look_up(text: Int[Tensor, " t"], most: int) -> Passage:
         text: Without padding.
         most: Tokens to return.
     """
-    for found in range(min(LONGEST, len(text) - 1), 0, -1):
-        places = (text[:-1].unfold(0, found, 1) == text[-found:]).all(dim=1).nonzero()
-        if len(places):
-            begin = int(places[-1]) + found
-            period = len(text) - begin
+    ids = text.cpu().numpy()
+    whole, size = ids.tobytes(), ids.itemsize  # bytes are searched in microseconds
+    for found in range(min(LONGEST, len(ids) - 1), 0, -1):
+        passage, end = whole[-found * size :], len(whole) - size
+        while (at := whole.rfind(passage, 0, end)) % size and at > 0:  # across tokens
+            end = at + len(passage) - 1
+        if at >= 0:
+            begin = at // size + found
+            period = len(ids) - begin
             return Passage(found, text[begin + torch.arange(most, device=text.device) % period])
     return Passage(0, text[:0])
 
