@@ -319,8 +319,8 @@ def _notes(recipe: Recipe, stages: list[dict[str, Any]], plain: dict[str, Any]) 
         f"Multiply-adds are counted while running, over the first {COUNTED_PASSAGES} evaluation passages, output head "
         "included.",
         "Self-speculation decodes exactly what the compressed model decodes plainly; it does not recover the original.",
-        f"Speeds, the original's too: {', '.join(runtimes)}. Under transformers on torch the original reads its prompt "
-        f"at {plain['prefill_tokens_per_s']:.0f} tokens/s and decodes {plain['decode_tokens_per_s']:.1f}.",
+        f"Speeds, the original's too: {', '.join(runtimes)}; prompts are passages of the evaluation text. Under "
+        f"transformers on torch the original reads its prompt at {plain['prefill_tokens_per_s']:.0f} tokens/s and decodes {plain['decode_tokens_per_s']:.1f}.",
     ]
     if runtimes == ["torch"]:
         notes.append(
