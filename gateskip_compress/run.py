@@ -320,7 +320,8 @@ def _notes(recipe: Recipe, stages: list[dict[str, Any]], plain: dict[str, Any]) 
         "included.",
         "Self-speculation decodes exactly what the compressed model decodes plainly; it does not recover the original.",
         f"Speeds, the original's too: {', '.join(runtimes)}; prompts are passages of the evaluation text. Under "
-        f"transformers on torch the original reads its prompt at {plain['prefill_tokens_per_s']:.0f} tokens/s and decodes {plain['decode_tokens_per_s']:.1f}.",
+        f"transformers on torch the original reads its prompt at {plain['prefill_tokens_per_s']:.0f} tokens/s "
+        f"and decodes {plain['decode_tokens_per_s']:.1f}.",
     ]
     if runtimes == ["torch"]:
         notes.append(
