@@ -23,13 +23,13 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 import gateskip_compress as g
 from gateskip_compress import runtime
@@ -125,13 +125,14 @@ def written(
 ) -> torch.Tensor:
     """What one variant writes."""
     whole = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0, **settings}
+    whole["stopping_criteria"] = StoppingCriteriaList([] if times is None else [times])
     if name.startswith("transformers"):
-        return model.generate(ids, streamer=times, **whole, **VARIANTS[name])
+        return model.generate(ids, **whole, **VARIANTS[name])
     drafts = {} if name == "plain" else {**VARIANTS[name], "acceptance": counts}
     if session is not None:
-        return session.generate(ids, streamer=times, **whole, speculate=bool(drafts), **drafts)
-    how = {"custom_generate": partial(g.self_speculative, streamer=times), **drafts} if drafts else {}
-    return model.generate(ids, streamer=times, **whole, **how)
+        return session.generate(ids, **whole, speculate=bool(drafts), **drafts)
+    how = {"custom_generate": g.self_speculative, **drafts} if drafts else {}
+    return model.generate(ids, **whole, **how)
 
 
 def compare(
@@ -164,7 +165,7 @@ def compare(
                         "prompt": number,
                         "variant": name,
                         "whole_s": time.perf_counter() - began,
-                        "s": times.seen[-1] - times.seen[1],  # the prompt is put first
+                        "s": times.seen[-1] - times.seen[0],
                         **asdict(counts),
                     }
                 )
@@ -262,7 +263,7 @@ def step_s(
         for run in range(5 * RUNS + 1):
             began, some = time.perf_counter(), prompt[run % RUNS :][:tokens]
             if draft:
-                session.draft_row(some, 0, len(prompt))
+                session.draft(some, np.zeros(1, dtype=np.int32), np.array([len(prompt)], dtype=np.int32))
             else:
                 session.run_row(some, 0, len(prompt), wanted=len(some))
             seconds.append(time.perf_counter() - began)

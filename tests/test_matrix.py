@@ -13,15 +13,16 @@ import torch
 import yaml
 from test_cli import call as call
 from tiny_matrix import PARTS, TIMING, matrix_file
-from tiny_models import tiny, tiny_tokenizer
+from tiny_models import tiny, tiny_tokenizer, tokens
 
 import gateskip_compress as g
 from gateskip_compress.fresh import ProcessFailed, fresh_rows, fresh_value
 from gateskip_compress.matrix import run
 from gateskip_compress.matrix.run import Matrix, run_matrix
 from gateskip_compress.matrix.search import search
-from gateskip_compress.matrix.spec import read_spec
+from gateskip_compress.matrix.spec import Timing, read_spec
 from gateskip_compress.matrix.store import opened, read_rows
+from gateskip_compress.matrix.timing import Subject, rival, time_pair
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.quantization.linear import unpacked
 from gateskip_compress.step import Context
@@ -105,17 +106,27 @@ def test_numbers_of_speculation_are_those_of_its_gates(place, report):
     for size, batch in zip(whole["speed"]["sizes"], TIMING["batches"], strict=True):
         assert size["batch"] == batch
         assert len(size["decode_s"]) == len(size["original_decode_s"]) == TIMING["runs"]
-    assert whole["speed"]["runtime"] == "torch"
-    assert "one sequence at a time, not for 2" in whole["speed"]["not_native"]
-    quantized = cells["prune + quantize"]["speed"]
-    assert quantized["runtime"].startswith("native, ")
-    assert quantized["not_native"] is None
-    assert report["runtimes"] == [quantized["runtime"], "torch"]
+    for speed in (whole["speed"], cells["prune + quantize"]["speed"]):
+        assert speed["runtime"].startswith("native, ")
+        assert speed["not_native"] is None
+    assert report["runtimes"] == [whole["speed"]["runtime"]]
     assert [step["step"] for step in whole["quality"]["compression"]["steps"]] == ["gateskip", "self_speculation"]
     assert whole["quality"]["environment"]["threads"] == 1
     assert [list(step) for step in whole["quality"]["steps"]] == [["gateskip"], ["self_speculation"]]
     assert whole["speed"]["seed"] == 0
     assert cells["original"]["values"]["disk_share"] == 1
+
+
+def test_what_the_native_runtime_does_not_know_is_timed_on_torch_with_the_reason(place, tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path / "cell")
+    tiny_tokenizer().save_pretrained(tmp_path / "cell")
+    timing = Timing(prompt_tokens=[6], batches=[2], new_tokens=2, runs=1)
+    subjects = [Subject(folder, None, 1) for folder in (tmp_path / "cell", place / "plain")]
+    with rival(subjects[0], timing) as cell, rival(subjects[1], timing) as original:
+        found = time_pair(cell, original, timing, [tokens(2, 6).tolist()])
+    assert found["runtime"] == "torch"
+    assert "does not know family 'gpt2'" in found["not_native"]
+    assert found["sizes"][0]["decode_s"][0] > 0
 
 
 def test_a_second_run_measures_nothing(place):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILY_CONFIGS, compress, tiny, tiny_tokenizer, tokens
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
@@ -32,6 +32,17 @@ GATES = {
     "zero, block": gates(surrogate="zero", where="block"),
     "mean, every second": gates(surrogate="mean", every=2, budget=0.8),
 }
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
 
 
 def logits_of(session, ids, **wanted):
@@ -175,6 +186,39 @@ def test_speculation_changes_no_token(small, session, extra):
     assert counts.drafted > 0
 
 
+@pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(drafts="gates"), dict(drafts="look-up")])
+def test_speculation_in_batches_gives_each_row_what_it_would_be_alone(small, extra):
+    """Rows of other lengths, padded, that accept and end apart."""
+    session, counts = lower(small, rows=3, context_tokens=160), Acceptance()
+    rows = [tokens(1, n, seed=40 + n)[0].repeat(2) for n in (4, 9, 7)]
+    ids = torch.stack([torch.nn.functional.pad(row, (18 - len(row), 0)) for row in rows])
+    mask = torch.stack([(torch.arange(18) >= 18 - len(row)).long() for row in rows])
+    plain = {name: value for name, value in extra.items() if name != "drafts"}
+    settings = dict(max_new_tokens=50, do_sample=False, pad_token_id=0)
+    whole = session.generate(ids, attention_mask=mask, **settings, **plain)
+    common = whole[:, 18:].flatten().mode().values.item()  # ends rows at different places
+    for end in (None, common):
+        expected = session.generate(ids, attention_mask=mask, eos_token_id=end, **settings, **plain)
+        for adapt in (False, True):
+            how = dict(speculate=True, adapt=adapt, acceptance=counts, eos_token_id=end)
+            assert torch.equal(session.generate(ids, attention_mask=mask, **settings, **extra, **how), expected)
+    assert counts.drafted > 0
+
+
+def test_processors_that_remember_are_refused_where_they_would_be_called_out_of_step(session):
+    class Counts:
+        calls = 0
+
+        def __call__(self, _ids, scores):
+            self.calls += 1
+            return scores
+
+    settings = dict(logits_processor=LogitsProcessorList([Counts()]), max_new_tokens=4, do_sample=False)
+    session.generate(tokens(1, 5), **settings)
+    with pytest.raises(ValueError, match="Counts remembers earlier calls"):
+        session.generate(tokens(1, 5), speculate=True, **settings)
+
+
 @pytest.mark.parametrize("extra", [{}, dict(top_k=5, repetition_penalty=1.2), dict(draft_budget=0.4, draft_tokens=7)])
 def test_speculation_draws_what_plain_decoding_draws(small, session, extra):
     counts = Acceptance()
@@ -236,9 +280,10 @@ def test_drafts_choose_among_the_first_quarter_of_a_large_vocabulary():
     model = tiny("llama", vocab_size=20_000)
     session = lower(compress(model, gates(surrogate="mean", budget=0.95)), **EXACT)
     ids = tokens(1, 20)[0].numpy()
-    drafted, whole = session.draft_row(ids, 0, 0), session.run_row(ids, 0, 0, wanted=1, logits=True)
-    assert drafted.logits.shape == (1, 5024)  # 157 chunks of 32
-    assert torch.equal(drafted.logits, whole.logits[:, :5024])
+    whole, place = session.run_row(ids, 0, 0, wanted=1, logits=True), np.array([len(ids) - 1], dtype=np.int32)
+    drafted = session.draft(ids[-1:], np.zeros_like(place), place)
+    assert drafted.shape == (1, 5024)  # 157 chunks of 32
+    assert torch.equal(drafted, whole.logits[:, :5024])
 
 
 def test_sampling_draws_from_the_models_own_distribution(small, session):
@@ -256,16 +301,6 @@ def test_sampling_draws_from_the_models_own_distribution(small, session):
 
 
 def test_an_end_token_stops_and_a_streamer_hears_each_token(session):
-    class Heard(BaseStreamer):
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
     ids = tokens(1, 9)
     plain = session.generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
     end = plain[9 + 6]
@@ -302,13 +337,13 @@ def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
         (torch.tensor([[3, -1]]), {}, "token id -1 is out of range"),
         (tokens(4, 5), {}, "4 sequences, and the cache has 3 rows"),
         (tokens(1, 5), dict(num_beams=2), "num_beams 2"),
-        (tokens(2, 5), dict(speculate=True), "one sequence at a time"),
-        (tokens(1, 5), dict(speculate=True, attention_mask=torch.tensor([[0, 1, 1, 1, 1]])), "without padding"),
+        (tokens(2, 5), dict(speculate=True, streamer=Heard()), "a streamer follows one sequence, got 2"),
+        (tokens(1, 5), dict(attention_mask=torch.tensor([[1, 0, 1, 1, 1]])), "hides tokens between others"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be at least 1"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=128), "draft_tokens 128 must be from 1 to 127"),
         (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
     ],
-    ids=["context", "id", "negative id", "rows", "beams", "batch", "padding", "draft", "long draft", "draft budget"],
+    ids=["context", "id", "negative id", "rows", "beams", "streamer", "holes", "draft", "long draft", "draft budget"],
 )
 def test_what_cannot_be_decoded_is_refused(session, ids, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -179,6 +179,15 @@ def test_processors_act_alike_in_draft_and_verify(model, settings):
         assert torch.equal(speculate(model, ids, max_new_tokens=14, **settings)[0], plain)
 
 
+def test_a_penalty_that_knows_each_rows_padding_acts_alike_in_draft_and_verify(model):
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :4] = mask[2, :7] = 0
+    settings = dict(max_new_tokens=14, repetition_penalty=1.5, attention_mask=mask, pad_token_id=0)
+    ends = model.generate(ids, do_sample=False, **settings)[0, 12 + 3].item()  # rows end apart
+    plain = model.generate(ids, do_sample=False, eos_token_id=ends, **settings)
+    assert torch.equal(speculate(model, ids, eos_token_id=ends, **settings)[0], plain)
+
+
 class Counts(LogitsProcessor):
     """Remembers how often it was called."""
 

@@ -78,7 +78,7 @@ def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
     process, ends = fresh_process(_serve, subject, timing.new_tokens, timing.unpack)
     try:
         found = Rival(process, ends)
-        found.why_not = found.ask("load", *map(max, zip(*timing.sizes, strict=True)))
+        found.why_not = found.ask("load", max(tokens for _, tokens in timing.sizes))
         yield found
     finally:
         stop(process)
@@ -127,7 +127,7 @@ class _Stand:
     native: bool = False
     whole: bool = False
 
-    def load(self, batch: int, prompt_tokens: int) -> str | None:
+    def load(self, prompt_tokens: int) -> str | None:
         torch.set_num_threads(self.subject.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.before_bytes = held_bytes(device)
@@ -135,8 +135,6 @@ class _Stand:
         self.model.to(device)
         if self.subject.budget is not None:
             self.held.enter_context(budget(self.model, self.subject.budget))
-        if self.speculates and batch > 1:
-            return f"the native runtime speculates for one sequence at a time, not for {batch}"
         return why_not_native(self.model, self._context(prompt_tokens))
 
     def take(self, native: bool) -> str:

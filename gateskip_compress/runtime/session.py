@@ -20,10 +20,12 @@ from transformers.generation.streamers import BaseStreamer
 from ..gating.dial import dial_of, is_gated
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import control_of
+from ..speculation.decode import extend, side_by_side
+from ..speculation.scores import check_processors, of_rows
 from ..speculation.transform import SelfSpeculation
 from .extension import extension
 from .pack import vocabulary_size
-from .speculate import Speculator, choose
+from .speculate import Speculator, Text, choose
 
 _LIKELY = 4096
 
@@ -111,7 +113,7 @@ class Session:
             stopping_criteria: From transformers; asked after every token.
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
-            speculate: Guess tokens and verify them, see `speculate.py`; one sequence; the text stays the same.
+            speculate: Guess tokens and verify them, see `speculate.py`; the text stays the same.
             draft_budget: As in `SelfSpeculation`, like the next three; None takes the pipeline step's, and a model
                 without a step looks up alone.
             draft_tokens: As there.
@@ -123,19 +125,19 @@ class Session:
         del model
         self.check(input_ids, generation_config)
         sampled = bool(generation_config.do_sample)
+        padding = _padding(input_ids, model_kwargs.get("attention_mask"))
         with _torch_in_one_thread():
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
                 settings = self._speculation({name: value for name, value in given.items() if value is not None})
-                self._check_speculation(input_ids, model_kwargs.get("attention_mask"), settings)
+                self._check_speculation(input_ids, logits_processor, streamer, settings)
                 counts = acceptance if acceptance is not None else Acceptance()
-                control = control_of(self.model, settings, 1, runtime="native")
-                text = input_ids[0].numpy()
-                if len(text) > 1:
-                    self.prefill(text[:-1])
-                speculator = Speculator(self, text, logits_processor, control, counts, sampled=sampled)
-                return _follow(speculator, input_ids, stopping_criteria, streamer)
-            prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+                control = control_of(self.model, settings, len(input_ids), runtime="native")
+                speculator = Speculator(self, control, counts, sampled=sampled)
+                texts = self._texts(input_ids, padding, logits_processor)
+                grown = _follow(speculator, texts, input_ids, stopping_criteria, streamer)
+                return side_by_side(grown, generation_config)
+            prompts = [row[hidden:].numpy() for row, hidden in zip(input_ids, padding, strict=True)]
             processed = sampled or len(logits_processor) > 0
             steps = [self.prefill(prompt, row, logits=processed) for row, prompt in enumerate(prompts)]
             positions = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
@@ -166,11 +168,27 @@ class Session:
             step = SelfSpeculation(drafts="both" if "draft_budget" in given else "look-up")
         return replace(step, **given)
 
-    def _check_speculation(self, ids: Int[Tensor, "b t"], mask: Tensor | None, settings: SelfSpeculation) -> None:
-        if len(ids) != 1:
-            raise ValueError(f"the native runtime speculates for one sequence at a time, not for {len(ids)}")
-        if mask is not None and not mask.bool().all():
-            raise ValueError("the native runtime speculates for a prompt without padding: leave the padding out")
+    def _texts(self, ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList) -> list[Text]:
+        """Prompts to speculate on; the cache then holds them but for their last tokens."""
+        texts, own = [], of_rows(processors, len(ids))
+        for row, (prompt, hidden) in enumerate(zip(ids.numpy(), padding, strict=True)):
+            room = np.empty(self.context_tokens + hidden + 1, dtype=np.int64)
+            room[: len(prompt)] = prompt
+            texts.append(Text(row, room, len(prompt), hidden, own[row]))
+            if len(prompt) - hidden > 1:
+                self.prefill(prompt[hidden:-1], row)
+        return texts
+
+    def _check_speculation(
+        self,
+        ids: Int[Tensor, "b t"],
+        processors: LogitsProcessorList,
+        streamer: BaseStreamer | None,
+        settings: SelfSpeculation,
+    ) -> None:
+        check_processors(processors, ids, vocabulary_size(self.model))
+        if streamer is not None and len(ids) > 1:
+            raise ValueError(f"a streamer follows one sequence, got {len(ids)}")
         most = extension().WINDOW - 1
         if settings.draft_tokens > most:
             raise ValueError(f"draft_tokens {settings.draft_tokens} must be from 1 to {most}")
@@ -221,9 +239,14 @@ class Session:
         size = vocabulary_size(self.model)
         return min(size, max(_LIKELY, -(-size // (4 * extension().CHUNK)) * extension().CHUNK))
 
-    def draft_row(self, ids: Int[np.ndarray, " t"], row: int, first: int) -> Step:
-        """A drafting step, by the gates that draft: logits of `likely` entries; as `run_row` otherwise."""
-        return self.run_row(ids, row, first, wanted=1, logits=True, draft=self.drafts, vocabulary=self.likely)
+    def draft(
+        self, ids: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"], positions: Int[np.ndarray, " b"]
+    ) -> Float[Tensor, "b v"]:
+        """A drafting step for some sequences, by the gates that draft: logits of `likely` entries after each token."""
+        want = np.arange(len(ids), dtype=np.int32)
+        step = self.run(ids, rows, positions, want, logits=True, draft=self.drafts, vocabulary=self.likely)
+        assert step.logits is not None  # they were asked for
+        return step.logits
 
     def run(
         self,
@@ -281,23 +304,34 @@ def _torch_in_one_thread() -> Iterator[None]:
 
 
 def _follow(
-    speculator: Speculator, ids: Int[Tensor, "1 t"], stopping: StoppingCriteriaList, streamer: BaseStreamer | None
-) -> Int[Tensor, "1 u"]:
-    """Take tokens until the criteria stop them."""
-    for token in speculator.decode():
-        chosen = torch.tensor([token])
-        ids = torch.cat((ids, chosen[None]), dim=1)
-        if streamer is not None:
-            streamer.put(chosen)
-        if bool(stopping(ids, None).all()):
-            break
+    speculator: Speculator,
+    going: list[Text],
+    ids: Int[Tensor, "b t"],
+    stopping: StoppingCriteriaList,
+    streamer: BaseStreamer | None,
+) -> list[Int[Tensor, " _"]]:
+    """Texts as they end, round by round; those that have ended wait for nobody."""
+    grown = list(ids)
+    while going:
+        ended = []
+        for text, new in zip(going, speculator.round(going), strict=True):
+            grown[text.row], ends = extend(grown[text.row], torch.tensor(new), stopping, streamer)
+            ended.append(ends)
+        going = [text for text, ends in zip(going, ended, strict=True) if not ends]
     if streamer is not None:
         streamer.end()
-    return ids
+    return grown
 
 
-def _prompts(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[Int[np.ndarray, " _t"]]:
-    """Each row's tokens without its padding."""
+def _padding(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[int]:
+    """Tokens before each row's first real one.
+
+    Raises:
+        ValueError: a mask hides others.
+    """
     if mask is None:
-        return [row.numpy() for row in ids]
-    return [row[seen.bool()].numpy() for row, seen in zip(ids, mask, strict=True)]
+        return [0] * len(ids)
+    hidden = (mask == 0).sum(dim=1)
+    if not (mask.bool() == (torch.arange(ids.shape[1]) >= hidden[:, None])).all():
+        raise ValueError("the attention mask hides tokens between others: pad prompts on the left")
+    return hidden.tolist()

@@ -3,12 +3,13 @@
 Guesses come from where torch's come from, and what is tried, how far, and when not at all, is decided alike
 (`speculation/control.py`): a passage that is found again, or the model's own best tokens under a lower budget of its
 gates. A call of k tokens gives the bits of k calls of one, so the text is plain decoding's: greedy, or sampled from the
-same seed. There a guess stands if it is the token that plain decoding draws: as likely as by speculative sampling
-(arXiv 2211.17192), since a guess is certain to be guessed. What was guessed wrong stays in the cache beyond the text's
-end, where nobody looks before it is written over.
+same seed (in batches, where rows draw in turn, from the same distribution). There a guess stands if it is the token
+that plain decoding draws: as likely as by speculative sampling (arXiv 2211.17192), since a guess is certain to be
+guessed. What was guessed wrong stays in the cache beyond the text's end, where nobody looks before it is written over.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,111 +24,136 @@ from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, sure, take_in
 from ..speculation.draft import draft_passages, look_up
 from ..text import drawn
+from .extension import extension
 from .pack import vocabulary_size
 
 if TYPE_CHECKING:
     from .session import Session, Step
 
-Guess = tuple[Drafter | None, list[Hashable]]
-"""Who guessed, and the evidence of each token; nobody is a plain step. The tokens stand behind the text."""
+Guesses = tuple[Drafter | None, list[list[Hashable]]]
+"""Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
+
+
+@dataclass
+class Text:
+    """A sequence that grows.
+
+    Args:
+        row: Of the cache, which holds all of it but the padding and the last token.
+        ids: Room for all that may come.
+        length: Of what stands.
+        padding: Tokens before the first real one.
+        processors: Its own, applied alike to every choice.
+    """
+
+    row: int
+    ids: Int[np.ndarray, " most"]
+    length: int
+    padding: int
+    processors: LogitsProcessorList
+
+    def upto(self, guessed: int) -> Int[Tensor, "1 t"]:
+        """The text and some guessed tokens, where they lie."""
+        return torch.from_numpy(self.ids[None, : self.length + guessed])
+
+    def guess(self, count: int) -> list[int]:
+        """The tokens behind it."""
+        return self.ids[self.length :][:count].tolist()
 
 
 class Speculator:
-    """Decodes one text.
+    """Decodes texts round by round.
 
     Args:
-        session: Its cache's first row holds all of the text but the last token.
-        text: The prompt.
-        processors: Applied alike to every choice.
+        session: Its cache holds what `Text` says.
         sampled: Draw tokens, by torch's global generator.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
     """
 
-    def __init__(
-        self,
-        session: "Session",
-        text: Int[np.ndarray, " t"],
-        processors: LogitsProcessorList,
-        control: Control,
-        counts: Acceptance,
-        *,
-        sampled: bool,
-    ) -> None:
-        self.session, self.processors, self.control, self.counts = session, processors, control, counts
-        self.sampled, self.length = sampled, len(text)
-        self._ids = np.empty(session.context_tokens + 1, dtype=np.int64)
-        self._ids[: self.length] = text
+    def __init__(self, session: "Session", control: Control, counts: Acceptance, *, sampled: bool) -> None:
+        self.session, self.control, self.counts, self.sampled = session, control, counts, sampled
 
-    def decode(self) -> Iterator[int]:
-        """Tokens as they stand, without end; never past the cache."""
-        while True:
-            clock = Clock()
-            drafter, evidence = self._guess(min(self.control.most_tokens, self.session.context_tokens - self.length))
-            guess, draft_s = self._ids[self.length :][: len(evidence)].tolist(), clock.lap()
-            step, found = self._run(self.length - 1, len(guess) + 1), []
-            for place in range(len(guess) + 1):  # as many draws as tokens that stand
-                found.append(self._choice(step, place))
-                if place < len(guess) and found[place] != guess[place]:
-                    break
-            take_in(self.control, self.counts, drafter, [evidence], [len(found) - 1], draft_s, clock.lap())
-            for token in found:
-                self._ids[self.length] = token
-                self.length += 1
-                yield token
+    def round(self, texts: Sequence[Text]) -> list[list[int]]:
+        """New tokens of each text, one at least; never past the cache."""
+        clock = Clock()
+        room = self.session.context_tokens - max(text.length - text.padding for text in texts)
+        most = min(self.control.most_tokens, room, extension().WINDOW // len(texts) - 1)
+        drafter, evidence = self._guess(texts, most)
+        guesses, draft_s = [text.guess(len(e)) for text, e in zip(texts, evidence, strict=True)], clock.lap()
+        step, found, at = self._verify(texts, [len(guess) + 1 for guess in guesses]), [], 0
+        for text, guess in zip(texts, guesses, strict=True):
+            new: list[int] = []
+            while len(new) <= len(guess) and new == guess[: len(new)]:  # as many choices as tokens that stand
+                new.append(self._choice(step, at + len(new), text, len(new)))
+            found.append(new)
+            at += len(guess) + 1
+        take_in(self.control, self.counts, drafter, evidence, [len(new) - 1 for new in found], draft_s, clock.lap())
+        for text, new in zip(texts, found, strict=True):
+            text.ids[text.length : text.length + len(new)] = new
+            text.length += len(new)
+        return found
 
-    def _guess(self, most: int) -> Guess:
+    def _guess(self, texts: Sequence[Text], most: int) -> Guesses:
         """By whom the control chooses."""
+        nothing: list[list[Hashable]] = [[] for _ in texts]
         if most < 1:
-            return None, []
+            return None, nothing
         looks = any(drafter.budget is None for drafter in self.control.drafters)
-        passage = look_up(self._text(0)[0], most) if looks else None
-        drafter = self.control.choose(passage.found if passage is not None else 0)
+        passages = [look_up(text.upto(0)[0, text.padding :], most) for text in texts] if looks else []
+        drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
-            return None, []
+            return None, nothing
         if drafter.budget is not None:
-            return drafter, self._guess_by_gates(drafter, drafter.budget, most)
-        assert passage is not None  # it alone lets this one be chosen
-        draft = draft_passages([passage], self.control, most)
-        evidence = draft.evidence[0]
-        self._ids[self.length : self.length + len(evidence)] = draft.tokens[0].numpy()
-        return (drafter if evidence else None), evidence
+            return drafter, self._guess_by_gates(texts, drafter, drafter.budget, most)
+        draft = draft_passages(passages, self.control, most)
+        for text, tokens, evidence in zip(texts, draft.tokens.numpy(), draft.evidence, strict=True):
+            text.ids[text.length : text.length + len(evidence)] = tokens[: len(evidence)]
+        return (drafter if any(draft.evidence) else None), draft.evidence
 
-    def _guess_by_gates(self, drafter: Drafter, share: float, most: int) -> list[Hashable]:
+    def _guess_by_gates(self, texts: Sequence[Text], drafter: Drafter, share: float, most: int) -> list[list[Hashable]]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
-        evidence: list[Hashable] = []
-        chance = 1.0
+        evidence: list[list[Hashable]] = [[] for _ in texts]
+        chance, rows = 1.0, np.array([text.row for text in texts], dtype=np.int32)
         with drafting(self.session.model), budget(self.session.model, share):
-            while len(evidence) < most:
-                end = self.length + len(evidence)
-                scores = self.session.draft_row(self._ids[end - 1 : end], 0, end - 1).logits
-                assert scores is not None  # a drafting step gives them
-                if len(self.processors) > 0:  # they know tokens by their place in the whole vocabulary
-                    rest = vocabulary_size(self.session.model) - scores.shape[1]
-                    scores = F.pad(scores, (0, rest), value=-torch.inf)
-                    scores = self.processors(self._text(len(evidence)), scores)
+            for guessed in range(most):
+                last = [text.length + guessed - 1 for text in texts]
+                ids = np.array([text.ids[at] for text, at in zip(texts, last, strict=True)])
+                places = np.array([at - text.padding for text, at in zip(texts, last, strict=True)], dtype=np.int32)
+                scores = self._processed(texts, guessed, self.session.draft(ids, rows, places))
                 top = scores.max(dim=-1)
-                self._ids[end] = int(top.indices)
-                evidence.append(sure(share, float(1 / (scores - top.values).exp().sum())))  # its share
-                chance *= self.control.odds.of(evidence[-1])
+                shares = 1 / (scores - top.values[:, None]).exp().sum(dim=-1)
+                keys = [sure(share, of_best) for of_best in shares.tolist()]
+                for text, token, own, key in zip(texts, top.indices.tolist(), evidence, keys, strict=True):
+                    text.ids[text.length + guessed] = token
+                    own.append(key)
+                chance *= sum(map(self.control.odds.of, keys)) / len(keys)
                 if not self.control.goes_on(drafter, chance):
                     break
         return evidence
 
-    def _text(self, guessed: int) -> Int[Tensor, "1 t"]:
-        """The text and some guessed tokens, where they lie."""
-        return torch.from_numpy(self._ids[None, : self.length + guessed])
+    def _processed(self, texts: Sequence[Text], guessed: int, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b w"]:
+        """Scores of drafts; processors know tokens by their place in the whole vocabulary."""
+        if len(texts[0].processors) == 0:
+            return logits
+        logits = F.pad(logits, (0, vocabulary_size(self.session.model) - logits.shape[1]), value=-torch.inf)
+        return torch.cat([t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)])
 
-    def _run(self, first: int, count: int) -> "Step":
-        """What tokens at and after a place give."""
-        logits = self.sampled or len(self.processors) > 0
-        return self.session.run_row(self._ids[first : first + count], 0, first, wanted=count, logits=logits)
+    def _verify(self, texts: Sequence[Text], counts: list[int]) -> "Step":
+        """What each text's last token and the guesses behind it give, text after text."""
+        lasts = [text.length - 1 for text in texts]
+        ids = np.concatenate([t.ids[at : at + n] for t, at, n in zip(texts, lasts, counts, strict=True)])
+        rows = np.repeat(np.array([text.row for text in texts], dtype=np.int32), counts)
+        places = [np.arange(at - t.padding, at - t.padding + n) for t, at, n in zip(texts, lasts, counts, strict=True)]
+        want = np.arange(len(ids), dtype=np.int32)
+        logits = self.sampled or len(texts[0].processors) > 0
+        return self.session.run(ids, rows, np.concatenate(places).astype(np.int32), want, logits=logits)
 
-    def _choice(self, step: "Step", place: int) -> int:
-        """The token after the text and `place` guessed ones."""
+    def _choice(self, step: "Step", at: int, text: Text, guessed: int) -> int:
+        """The token after a text and some guessed ones, out of place `at` of a call."""
         if step.logits is None:
-            return int(step.best[place])
-        return int(choose(self._text(place), step.logits[place : place + 1], self.processors, self.sampled))
+            return int(step.best[at])
+        return int(choose(text.upto(guessed), step.logits[at : at + 1], text.processors, self.sampled))
 
 
 def choose(

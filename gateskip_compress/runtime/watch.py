@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from time import perf_counter
 
-from torch import Tensor, ones_like
-from transformers.generation.streamers import BaseStreamer
+from jaxtyping import Bool, Int
+from torch import Tensor, ones_like, zeros
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..measure import Watch
 from .session import Session
@@ -36,23 +37,24 @@ class SessionWatch(Watch):
             "pad_token_id": 0,
             "attention_mask": ones_like(self.prompt),
             "max_new_tokens": tokens + 1,
+            "stopping_criteria": StoppingCriteriaList([times]),
         }
         if self.speculate:
             settings |= {"speculate": True, "acceptance": self.acceptance}
-        self.session.generate(self.prompt, streamer=times, **settings)
-        return times.seen[-1] - times.seen[1]  # the prompt is put first, and the first token comes with it
+        self.session.generate(self.prompt, **settings)
+        return times.seen[-1] - times.seen[0]  # the first token comes with the prompt
 
 
-class Times(BaseStreamer):
-    """Keeps when what was put came."""
+class Times(StoppingCriteria):
+    """Keeps when tokens stood, and stops nothing; a streamer would follow one sequence only."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def put(self, value: Tensor) -> None:
-        """The prompt, then tokens."""
-        del value
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] its BoolTensor is any
+        self, input_ids: Int[Tensor, "b t"], scores: object, **kwargs: object
+    ) -> Bool[Tensor, " b"]:
+        """Asked after each token."""
+        del scores, kwargs
         self.seen.append(perf_counter())
-
-    def end(self) -> None:
-        """Nothing."""
+        return zeros(len(input_ids), dtype=bool)

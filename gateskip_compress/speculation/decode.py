@@ -35,7 +35,7 @@ from .acceptance import Acceptance
 from .control import Clock, Control, Drafter, control_of, take_in
 from .draft import Draft, draft_by_gates, draft_passages, look_up
 from .rows import Rows
-from .scores import check_processors, processed
+from .scores import check_processors, of_rows, processed
 from .transform import SelfSpeculation
 
 TIE, GATE_TIE = 32, 8
@@ -99,34 +99,35 @@ def self_speculative(
     cache: DynamicCache = model_kwargs["past_key_values"]
     rows = Rows(model, cache, model_kwargs.get("attention_mask"))
     sample = bool(generation_config.do_sample)
-    decoder = _Decoder(rows, logits_processor, sample, control, acceptance if acceptance is not None else Acceptance())
+    counts = acceptance if acceptance is not None else Acceptance()
+    decoder = _Decoder(rows, of_rows(logits_processor, len(input_ids)), sample, control, counts)
     texts, active = list(input_ids), list(range(len(input_ids)))
     new = decoder.begin(input_ids, model_kwargs["position_ids"])
     while True:
         ends = []
         for row, tokens in zip(active, new, strict=True):
-            texts[row], ended = _extend(texts[row], tokens, stopping_criteria, streamer)
+            texts[row], ended = extend(texts[row], tokens, stopping_criteria, streamer)
             ends.append(ended)
         if all(ends):
             break
         if any(ends):
             going = [not ended for ended in ends]
-            rows.select(torch.tensor(going, device=input_ids.device))
+            decoder.select(going)
             active = [row for row, goes in zip(active, going, strict=True) if goes]
         new = decoder.round([texts[row] for row in active], generation_config.max_length)
     if len(texts) == 1:  # what came after the end goes out of a cache that may be used again
         rows.take_back(input_ids.new_tensor([cache.get_seq_length() - len(texts[0]) + 1]))
     if streamer is not None:
         streamer.end()
-    return _side_by_side(texts, generation_config)
+    return side_by_side(texts, generation_config)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Decoder:
     """What the rounds of one generation share."""
 
     rows: Rows
-    processors: LogitsProcessorList
+    processors: list[LogitsProcessorList]
     sample: bool
     control: Control
     acceptance: Acceptance
@@ -136,6 +137,11 @@ class _Decoder:
         logits = self.rows.begin(prompts, places)
         scores = processed(self.processors, list(prompts), prompts[:, :0], logits)[:, 0]
         return list(torch.multinomial(scores.softmax(-1), 1) if self.sample else scores.argmax(-1, keepdim=True))
+
+    def select(self, going: list[bool]) -> None:
+        """Go on with a part of the rows."""
+        self.rows.select(torch.tensor(going, device=self.rows.place.device))
+        self.processors = [own for own, goes in zip(self.processors, going, strict=True) if goes]
 
     def round(self, texts: list[Tensor], max_length: int) -> list[Tensor]:
         """Draft, verify, and leave in the cache what stands.
@@ -240,7 +246,7 @@ def _last(texts: Sequence[Tensor]) -> Int[Tensor, "b 1"]:
     return torch.stack([text[-1:] for text in texts])
 
 
-def _extend(
+def extend(
     text: Int[Tensor, " t"],
     tokens: Int[Tensor, " n"],
     stopping_criteria: StoppingCriteriaList,
@@ -256,7 +262,7 @@ def _extend(
     return text, False
 
 
-def _side_by_side(texts: list[Tensor], generation_config: GenerationConfig) -> Int[Tensor, "b u"]:
+def side_by_side(texts: list[Tensor], generation_config: GenerationConfig) -> Int[Tensor, "b u"]:
     """Texts as rows of one tensor."""
     padding: Any = generation_config._pad_token_tensor
     value = 0 if padding is None else int(padding)

@@ -6,7 +6,7 @@ processor that remembers earlier calls would see other calls. Such ones are refu
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -26,8 +26,22 @@ _TEXT_BLIND = ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilo
 """Beginnings of class names: remembers calls; tells rows apart by their number; reads scores alone."""
 
 
+def of_rows(processors: LogitsProcessorList, rows: int) -> list[LogitsProcessorList]:
+    """Each row's own, to be called with its text alone: what a processor knows of every row, it knows of this one."""
+    return [LogitsProcessorList([_of_row(processor, row) for processor in processors]) for row in range(rows)]
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: each row's padding
+    if not isinstance(ignored, Tensor):
+        return processor
+    own = copy(processor)
+    own.prompt_ignore_length = ignored[row : row + 1]
+    return own
+
+
 def processed(
-    processors: LogitsProcessorList,
+    processors: Sequence[LogitsProcessorList],
     texts: Sequence[Int[Tensor, " _t"]],
     drafted: Int[Tensor, "b k"],
     logits: Float[Tensor, "b n v"],
@@ -35,22 +49,23 @@ def processed(
     """Scores as plain decoding has them, float32.
 
     Args:
-        processors: Of this generation.
+        processors: Of each row.
         texts: Of each row, padding on the left included.
         drafted: Tokens after them.
         logits: After the last n - 1 .. 0 drafted tokens, the text alone being 0 of k: n is 1 or k + 1.
     """
     scores, n = logits.float(), logits.shape[1]
-    if len(processors) == 0:
+    if len(processors[0]) == 0:
         return scores
-    if all(_named(processor, _TEXT_BLIND) for processor in processors):
-        return processors(drafted, scores.flatten(0, 1)).view(scores.shape)
+    if all(_named(processor, _TEXT_BLIND) for processor in processors[0]):
+        return processors[0](drafted, scores.flatten(0, 1)).view(scores.shape)
     first = drafted.shape[1] + 1 - n
     rows = []
     for row, text in enumerate(texts):
         whole = torch.cat((text, drafted[row]))[None]
         ends = range(len(text) + first, whole.shape[1] + 1)
-        rows.append(torch.cat([processors(whole[:, :end], scores[row, i, None]) for i, end in enumerate(ends)]))
+        own = processors[row]
+        rows.append(torch.cat([own(whole[:, :end], scores[row, i, None]) for i, end in enumerate(ends)]))
     return torch.stack(rows)
 
 
