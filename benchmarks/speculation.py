@@ -218,15 +218,18 @@ def theory(
     model: Any, session: runtime.Session | None, prompts: list[torch.Tensor], new_tokens: int
 ) -> list[dict[str, Any]]:
     """Acceptance and costs by draft budget, and the speed-up that they allow."""
-    ids, verifies, rows = prompts[0], dial_of(model).budget, []
-    plain = step_s(model, session, ids, 1)
-    verify = [step_s(model, session, ids, k + 1) / plain for k in range(1, LONGEST + 1)]
+    verifies, rows = dial_of(model).budget, []
+    # what gates skip depends on the text: passes over what the model itself goes on with
+    text = written(model, session, "plain", prompts[0], Acceptance(), max_new_tokens=LONGEST + RUNS, do_sample=False)
+    after = prompts[0].shape[1]
+    plain = step_s(model, session, text, after, 1)
+    verify = [step_s(model, session, text, after, k + 1) / plain for k in range(1, LONGEST + 1)]
     with drafting(model):
         shares = [setting.budget for setting in dial_of(model).table if setting.budget < verifies - 0.02]
     step = getattr(model, "self_speculation", g.SelfSpeculation())
     for share in shares:
         with drafting(model), g.budget(model, share):
-            cost = step_s(model, session, ids, 1, draft=True) / plain
+            cost = step_s(model, session, text, after, 1, draft=True) / plain
         own = {"draft_budget": share} if step.gates is None else {"gates": replace(step.gates, budget=share)}
         model.self_speculation = replace(step, drafts="gates", draft_tokens=DRAFT, adapt=False, **own)
         counts = Acceptance()
@@ -253,28 +256,29 @@ def acceptance(mean: float) -> float:
 
 @torch.inference_mode()
 def step_s(
-    model: Any, session: runtime.Session | None, ids: torch.Tensor, tokens: int, *, draft: bool = False
+    model: Any, session: runtime.Session | None, ids: torch.Tensor, after: int, tokens: int, *, draft: bool = False
 ) -> float:
-    """Median seconds of a pass over some tokens, as the model stands, after a prompt."""
+    """Median seconds of a pass over some tokens of a text, each begun at another of its places from `after` on."""
     seconds = []
     if session is not None:
-        prompt = ids[0].numpy()
-        session.prefill(prompt)
+        text = ids[0].numpy()
+        session.prefill(text)
         for run in range(5 * RUNS + 1):
-            began, some = time.perf_counter(), prompt[run % RUNS :][:tokens]
+            at = after + run % RUNS
+            began, some = time.perf_counter(), text[at : at + tokens]
             if draft:
-                session.draft(some, np.zeros(1, dtype=np.int32), np.array([len(prompt)], dtype=np.int32))
+                session.draft(some, np.zeros(1, dtype=np.int32), np.array([at], dtype=np.int32))
             else:
-                session.run_row(some, 0, len(prompt), wanted=len(some))
+                session.run_row(some, 0, at, wanted=len(some))
             seconds.append(time.perf_counter() - began)
         return median(seconds[1:])
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids[:, :after], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for run in range(RUNS + 1):
         began = time.perf_counter()
-        model(ids[:, run : run + tokens], past_key_values=cache, use_cache=True)
+        model(ids[:, after + run :][:, :tokens], past_key_values=cache, use_cache=True)
         seconds.append(time.perf_counter() - began)
-        cache.crop(-tokens)
+        cache.crop(after + run + 1)
     return median(seconds[1:])
 
 

@@ -7,7 +7,7 @@ is ours. One call decodes a token for every sequence; prompts go in a window at 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..gating.dial import dial_of, is_gated
+from ..gating.dial import Dial
+from ..model import blocks
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import control_of
 from ..speculation.decode import extend, side_by_side
@@ -186,7 +187,7 @@ class Session:
         streamer: BaseStreamer | None,
         settings: SelfSpeculation,
     ) -> None:
-        check_processors(processors, ids, vocabulary_size(self.model))
+        check_processors(processors, ids, self.vocabulary)
         if streamer is not None and len(ids) > 1:
             raise ValueError(f"a streamer follows one sequence, got {len(ids)}")
         most = extension().WINDOW - 1
@@ -204,7 +205,7 @@ class Session:
                 f"{ids.shape[1]} prompt and {config.max_length - ids.shape[1]} new tokens do not fit into a cache of "
                 f"{self.context_tokens}: lower(model, context_tokens={config.max_length})"
             )
-        size = vocabulary_size(self.model)
+        size = self.vocabulary
         outside = ids[(ids < 0) | (ids >= size)]
         if len(outside):
             raise ValueError(f"token id {int(outside[0])} is out of range: the vocabulary has {size} entries")
@@ -229,14 +230,19 @@ class Session:
         places = np.arange(len(ids), dtype=np.int32)
         return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], **how)
 
-    @property
+    @cached_property
+    def vocabulary(self) -> int:
+        """Entries of it."""
+        return vocabulary_size(self.model)
+
+    @cached_property
     def likely(self) -> int:
         """Entries of the vocabulary that drafts choose from: the first quarter, if that is not too few.
 
         Merges are numbered as they were learnt, the frequent ones first: nine of ten tokens of running text are there
         (SmolLM2), and reading all of the output head would take a draft as long as reading the blocks that it runs.
         """
-        size = vocabulary_size(self.model)
+        size = self.vocabulary
         return min(size, max(_LIKELY, -(-size // (4 * extension().CHUNK)) * extension().CHUNK))
 
     def draft(
@@ -272,7 +278,7 @@ class Session:
             draft: By the gates for drafting, where the model has some of their own and is set to them.
             vocabulary: Entries to choose from, the first ones, whole chunks of them; None is all.
         """
-        entries = vocabulary_size(self.model) if vocabulary is None else vocabulary
+        entries = self.vocabulary if vocabulary is None else vocabulary
         best, all_logits, kept, scores = self.native.run(
             ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions, draft, entries
         )
@@ -283,11 +289,13 @@ class Session:
             torch.from_numpy(scores) if decisions else None,
         )
 
+    @cached_property
+    def _first(self) -> Any:
+        return blocks(self.model)[0]
+
     def _thresholds(self) -> Float[np.ndarray, " n"] | None:
-        if not is_gated(self.model):
-            return None
-        dial = dial_of(self.model)
-        if dial.thresholds is None or dial.how == "off":
+        dial: Dial | None = getattr(self._first, "dial", None)  # changes while the model drafts
+        if dial is None or dial.thresholds is None or dial.how == "off":
             return None
         return np.array(dial.thresholds, dtype=np.float32)
 

@@ -25,7 +25,6 @@ from ..speculation.control import Clock, Control, Drafter, sure, take_in
 from ..speculation.draft import draft_passages, look_up
 from ..text import drawn
 from .extension import extension
-from .pack import vocabulary_size
 
 if TYPE_CHECKING:
     from .session import Session, Step
@@ -136,7 +135,7 @@ class Speculator:
         """Scores of drafts; processors know tokens by their place in the whole vocabulary."""
         if len(texts[0].processors) == 0:
             return logits
-        logits = F.pad(logits, (0, vocabulary_size(self.session.model) - logits.shape[1]), value=-torch.inf)
+        logits = F.pad(logits, (0, self.session.vocabulary - logits.shape[1]), value=-torch.inf)
         return torch.cat([t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)])
 
     def _verify(self, texts: Sequence[Text], counts: list[int]) -> "Step":
