@@ -20,7 +20,8 @@ Ours are `closed-form`, `narrow` and `distilled` with their ablations. The basel
     early exit, …           CALM: softmax or saturation. The budget of `softmax` leaves out its measure, the output head
                             at every block; what really ran does not, and is more than the ungated model
     mixture of depths       routers before every second block, tuned after the fact
-    paper's rule            vector gates, nothing for what skips, the same share in each branch, calibrated thresholds
+    paper's rule            vector gates, nothing for what skips, the same share in each branch, calibrated thresholds;
+                            all weights trained, as the paper does and `narrow, distilled` too
     batch quantile          the same gates as the reference code decides them: looks ahead and into the batch, so NOT
                             deployable, and questions see other decisions than texts
 
@@ -69,7 +70,7 @@ PAPER = g.GateSkip(
     kind="vector",
     surrogate="zero",
     allocation="uniform",
-    training=replace(DISTILLED, train="gates", distillation=0, cross_entropy=1, gate_loss="l2"),
+    training=replace(DISTILLED, train="all", rate=1e-4, distillation=0, cross_entropy=1, gate_loss="l2"),
 )
 VARIANTS: dict[str, Any] = {
     "ungated": None,
