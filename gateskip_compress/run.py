@@ -57,7 +57,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     original, tokenizer = load(recipe.model, recipe.dtype)
     runtime = _runtime(original)
     held_out = evaluation_text(recipe, original, tokenizer, track)
-    timed = {**recipe.bench.model_dump(), "text": _prompts(recipe, held_out)}
+    timed = {**recipe.bench.model_dump(), "text": _text_to_time(recipe, held_out)}
     calibration, seconds = _timed(lambda: calibration_text(recipe, original, tokenizer, track))
     lessons = training_text(recipe, tokenizer)
     reference = Reference.of(original, held_out, track)
@@ -184,7 +184,7 @@ def evaluation_text(
     return [Passage.whole(window) for window in written]
 
 
-def _prompts(recipe: Recipe, held_out: Sequence[Passage]) -> Int[Tensor, " t"]:
+def _text_to_time(recipe: Recipe, held_out: Sequence[Passage]) -> Int[Tensor, " t"]:
     """Token ids that what is timed reads: held-out text, since what gates skip and drafts gain depends on it."""
     ids, wanted = torch.cat([passage.ids for passage in held_out]), recipe.bench.prompt_tokens
     if len(ids) < wanted:
