@@ -2,7 +2,7 @@
 
 One variant is one way to decide what runs; it is fitted once, then its dial is turned (block dropping has no dial and
 is done anew for each budget). Every row says how long fitting took, what share of the ungated model's multiply-adds
-really ran on that text (counted, on its first 24 passages), and the perplexity against the ungated model's.
+really ran on that text (counted, on its first 32 passages), and the perplexity against the ungated model's.
 With --tasks, one more row says the zero-shot accuracy on questions in that folder, see `gateskip_compress/tasks.py`; a
 task whose file is not there is named and left out. What trains does so for the same steps on the same text.
 
@@ -51,7 +51,8 @@ from gateskip_compress.baselines.batch_quantile import BatchQuantile
 from gateskip_compress.baselines.early_exit import EarlyExit
 from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
 from gateskip_compress.baselines.random_skip import RandomSkip
-from gateskip_compress.gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
+from gateskip_compress.evaluate import COUNTED_PASSAGES
+from gateskip_compress.gating.calibrate import calibrate
 from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.macs import branch_costs, ungated_macs_per_token
 from gateskip_compress.measure import cores, environment
@@ -64,6 +65,8 @@ from gateskip_compress.text import Passage, passages, self_written
 
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
+NEAR_FULL = 0.9
+"""Where calibration begins, above the budgets that are measured: between two settings a budget is met closely."""
 DISTILLED = g.Training(steps=90, batch=4, cross_entropy=0.3)
 PAPER = g.GateSkip(
     budget=0.75,
@@ -130,7 +133,11 @@ def measure(given: argparse.Namespace) -> None:
     questions, others = read_questions(given.tasks, given.items)
     if questions:
         alike[QUESTIONS] = [first_answer(tokenizer, item) for items in others.values() for item in items]
-        asked = [first_answer(tokenizer, item) for items in questions.values() for item in items[:12]]
+        asked = [
+            first_answer(tokenizer, item)
+            for items in questions.values()
+            for item in items[: COUNTED_PASSAGES // len(questions)]
+        ]
         held_out[QUESTIONS] = [Passage.whole(ids) for ids in asked]
     count = given.calibration_windows
     if lessons:
@@ -152,8 +159,8 @@ def measure(given: argparse.Namespace) -> None:
                     dial = dial_of(model)
                     if name not in tables:
                         with quick_products():
-                            few = first_tokens(alike[name], CALIBRATION_TOKENS)
-                            tables[name] = calibrate(model, few, applied.spread, budgets=given.budgets)
+                            steps = sorted({NEAR_FULL, *given.budgets}, reverse=True)
+                            tables[name] = calibrate(model, alike[name], applied.spread, budgets=steps)
                     dial.table = tables[name]
                     if share < dial.floor:
                         print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")

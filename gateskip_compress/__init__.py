@@ -16,6 +16,7 @@ from .gating.transform import GateSkip as GateSkip
 from .macs import count_macs as count_macs
 from .pipeline import Pipeline as Pipeline
 from .pipeline import recalibrate as recalibrate
+from .pipeline import set_budget as set_budget
 from .pruning.transform import Prune as Prune
 from .quantization.transform import Quantize as Quantize
 from .recipe import read_recipe as read_recipe

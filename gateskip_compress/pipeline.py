@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import Manifest, attach, manifest_of
 from .errors import PipelineError, UnsupportedModel
 from .gating.calibrate import CALIBRATION_TOKENS, first_tokens
-from .gating.dial import is_gated
+from .gating.dial import dial_of, is_gated
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
 from .precision import quick_products
@@ -222,15 +222,37 @@ def recalibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, " _t"]])
         CalibrationError: nothing in the text may skip.
         ValueError: the budget the model is set to is below what its gates can reach on this text.
     """
-    manifest = manifest_of(model)
-    steps = [] if manifest is None else zip(manifest.transforms, manifest.steps, strict=True)
-    gated = next((pair for pair in steps if isinstance(pair[0], GateSkip)), None)
-    if manifest is None or gated is None:
-        raise UnsupportedModel("this model has no gates; put a GateSkip step into its pipeline first")
-    transform, step = gated
+    manifest, transform, step = _gates_of(model)
     with quick_products():
         step["record"] = transform.recalibrate(model, step["record"], sequences)
     attach(model, manifest)
+
+
+def set_budget(model: PreTrainedModel, share: float) -> None:
+    """Turn a compressed model's dial in place and for good: saved, it runs at this budget when it is loaded.
+
+    Args:
+        model: A compressed model with gates, as it came out of a pipeline or was loaded.
+        share: As in `budget`, which turns it for a while.
+
+    Raises:
+        UnsupportedModel: the model has no gates of ours.
+        ValueError: `share` is out of range.
+    """
+    manifest, _, step = _gates_of(model)
+    dial_of(model).set(share)
+    step["settings"]["budget"] = share
+    attach(model, manifest)
+
+
+def _gates_of(model: PreTrainedModel) -> tuple[Manifest, GateSkip, dict[str, Any]]:
+    """A compressed model's manifest, its GateSkip step, and what the manifest says of that."""
+    manifest = manifest_of(model)
+    if manifest is not None:
+        for transform, step in zip(manifest.transforms, manifest.steps, strict=True):
+            if isinstance(transform, GateSkip):
+                return manifest, transform, step
+    raise UnsupportedModel("this model has no gates; put a GateSkip step into its pipeline first")
 
 
 def settings(step: Transform) -> dict[str, Any]:

@@ -310,3 +310,19 @@ def test_budgets_hold_on_the_text_that_thresholds_were_recalibrated_on(tmp_path)
         g.recalibrate(model, [tokens(1, 1)[0]])
     with pytest.raises(g.UnsupportedModel, match="no gates"):
         g.recalibrate(tiny(), other)
+
+
+def test_a_budget_that_is_set_is_saved(tmp_path):
+    model, ids = compress(tiny(), g.GateSkip(budget=0.9, rank=4)), tokens(2, 24)
+    g.set_budget(model, 0.7)
+    with g.budget(model, 0.8):
+        pass
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert dial_of(again).budget == g.manifest_of(again).transforms[0].budget == 0.7
+    assert torch.equal(again(ids).logits, compress(tiny(), g.GateSkip(budget=0.7, rank=4))(ids).logits)
+    with pytest.raises(ValueError, match="budget 0.01 is below"):
+        g.set_budget(model, 0.01)
+    assert dial_of(model).budget == 0.7
+    with pytest.raises(g.UnsupportedModel, match="no gates"):
+        g.set_budget(tiny(), 0.9)

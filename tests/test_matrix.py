@@ -123,10 +123,42 @@ def test_what_the_native_runtime_does_not_know_is_timed_on_torch_with_the_reason
     timing = Timing(prompt_tokens=[6], batches=[2], new_tokens=2, runs=1)
     subjects = [Subject(folder, None, 1) for folder in (tmp_path / "cell", place / "plain")]
     with rival(subjects[0], timing) as cell, rival(subjects[1], timing) as original:
-        found = time_pair(cell, original, timing, [tokens(2, 6).tolist()])
+        found = time_pair(cell, original, timing, [[tokens(2, 6).tolist()]])
     assert found["runtime"] == "torch"
     assert "does not know family 'gpt2'" in found["not_native"]
     assert found["sizes"][0]["decode_s"][0] > 0
+
+
+def test_gates_are_fitted_once_for_all_budgets(tmp_path):
+    parts = {"gateskip": {name: {"budget": share, "rank": 4} for name, share in (("light", 0.9), ("strong", 0.75))}}
+    spec, models = read_spec(matrix_file(tmp_path, parts=parts, timing=None)), []
+    for stacks in ([["gateskip.light"]], [["gateskip.strong"]], [["gateskip.light"], ["gateskip.strong"]]):
+        out = tmp_path / f"out{len(models)}"
+        run_matrix(spec.model_copy(update={"stacks": stacks}), out)
+        with opened(out):
+            nodes = Matrix(spec, out).nodes.values()
+        made = [out / "cache" / node.key for node in nodes if node.steps]
+        models.append({node.name: node / "model" for node in made if node.is_dir()})
+    both = models.pop()
+    seconds = [json.loads((folder.parent / "facts.json").read_text())["seconds"] for folder in both.values()]
+    assert len(seconds) == 2
+    assert seconds[0] == seconds[1]
+    for apart in models:
+        ((name, folder),) = apart.items()
+        assert both[name].samefile(folder) is False
+        for file in ("model.safetensors", "gateskip.json", "config.json"):
+            assert (both[name] / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_text_too_short_for_a_prompt_is_refused(tmp_path):
+    out = tmp_path / "out"
+    timing = {**TIMING, "prompt_tokens": [300]}
+    spec = read_spec(matrix_file(tmp_path, parts={"quantize": PARTS["quantize"]}, timing=timing))
+    found = run_matrix(spec, out)
+    for cell in found["cells"]:
+        assert cell["speed"]["status"] == "refused"
+        assert "300 prompt tokens: the evaluation text" in cell["speed"]["reason"]
+        assert "has 192 tokens; lower timing.prompt_tokens" in cell["speed"]["reason"]
 
 
 def test_a_second_run_measures_nothing(place):

@@ -22,7 +22,7 @@ from ..tasks import TASKS
 from ..transforms import build
 from .spec import Spec, Step
 
-FORMAT = 2
+FORMAT = 3
 """Of a results folder; goes up when old rows would be read wrongly."""
 Kind = Literal["original", "stack", "baseline", "order"]
 

@@ -19,8 +19,9 @@ from ..errors import CalibrationError, GateSkipError
 from ..evaluate import sample
 from ..folders import write_whole
 from ..gating.dial import budget
+from ..gating.transform import GateSkip
 from ..measure import disk_bytes, environment, peak_bytes
-from ..pipeline import apply, start
+from ..pipeline import apply, set_budget, start
 from ..quantization.linear import unpacked
 from ..run import calibration_text, evaluation_text, training_text
 from ..source import load
@@ -28,10 +29,13 @@ from ..step import Context, Stage
 from ..tasks import TASKS, read_items
 from ..track import untracked
 from ..transforms import build
-from .cells import Cell, Node
+from .cells import Cell, Node, digest
 from .harness import hub_answers
 from .spec import Questions, Spec
 from .store import Row, new_row
+
+Facts = dict[str, Any]
+"""Of a node: seconds and peak bytes of its steps, and their records."""
 
 
 @dataclass(frozen=True)
@@ -96,38 +100,68 @@ def row_of(job: Job, cell: Cell, status: str, **content: Any) -> Row:
 def make_node(job: Job, folder: Path) -> None:
     """Write a node's checkpoint from its parent's, and then what that took.
 
-    Seconds and peak bytes are sums and maxima over all steps so far.
+    Gates that another node fitted already, for another budget, are taken from there with the seconds that they took.
     """
     torch.manual_seed(job.spec.seed)
-    parent = job.cache / job.node.parent if job.node.parent else None
-    recipe = job.spec.recipe(job.node.model, [])
-    facts: dict[str, Any] = {"seconds": 0.0, "peak_bytes": None, "steps": []}
-    if parent is None:
+    if job.node.parent is None:
         model, tokenizer = load(job.node.model, job.spec.dtype)
-        calibration = calibration_text(recipe, model, tokenizer, untracked)
+        calibration = calibration_text(job.spec.recipe(job.node.model, []), model, tokenizer, untracked)
         start(model, tokenizer, source=job.node.model)
         write_whole(_made(folder) / "calibration.json", json.dumps(calibration.tolist()))
+        facts: Facts = {"seconds": 0.0, "peak_bytes": None, "steps": []}
+    elif (twin := _same_fit(job)) is not None:
+        facts = json.loads((twin / "facts.json").read_text())
+        model, _ = _loaded(twin)
+        set_budget(model, job.node.steps[-1][1]["budget"])
     else:
-        if not (parent / "facts.json").is_file():
-            raise CalibrationError(f"no {parent}: all machines of a cluster must see the results folder in one place")
-        before = json.loads((parent / "facts.json").read_text())
-        ids = json.loads((job.cache / job.node.original / "calibration.json").read_text())
-        model, tokenizer = load(str(parent / "model"))
-        model.gateskip.tokenizer = tokenizer
-        step = build(*job.node.steps[-1])
-        context = Context(
-            torch.tensor(ids), job.spec.seed, untracked, training_text(recipe, tokenizer), scratch=folder / "scratch"
-        )
-        began = time.perf_counter()
-        record = apply(step, model, context)
-        own = {"step": step.name, "seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(model.device)}
-        facts = {
-            "seconds": before["seconds"] + own["seconds"],
-            "peak_bytes": max(before["peak_bytes"] or 0, own["peak_bytes"]),
-            "steps": [*before["steps"], {**own, "record": record}],
-        }
+        model, facts = _stepped(job, job.cache / job.node.parent, folder)
     model.save_pretrained(_made(folder) / "model")
     write_whole(folder / "facts.json", json.dumps(facts) + "\n")
+
+
+def fit_of(node: Node) -> str | None:
+    """Hash of what a node's last step fits, which other nodes share; None where there is no more to it than the node.
+
+    Gates that are not trained are fitted and calibrated for all budgets alike.
+    """
+    name, fields = node.steps[-1]
+    if name != GateSkip.name or fields["training"] is not None:
+        return None
+    return digest([node.parent, {**fields, "budget": None}])
+
+
+def _same_fit(job: Job) -> Path | None:
+    """Folder of a node that holds the fit already."""
+    fit = fit_of(job.node)
+    known = sorted(job.cache.glob("*/facts.json")) if fit is not None else []
+    return next((path.parent for path in known if json.loads(path.read_text()).get("fit") == fit), None)
+
+
+def _stepped(job: Job, parent: Path, folder: Path) -> tuple[PreTrainedModel, Facts]:
+    """A node's model, out of its parent's by the last step; seconds and peak bytes are sums and maxima of all steps."""
+    if not (parent / "facts.json").is_file():
+        raise CalibrationError(f"no {parent}: all machines of a cluster must see the results folder in one place")
+    before = json.loads((parent / "facts.json").read_text())
+    ids = json.loads((job.cache / job.node.original / "calibration.json").read_text())
+    model, tokenizer = _loaded(parent)
+    step, lessons = build(*job.node.steps[-1]), training_text(job.spec.recipe(job.node.model, []), tokenizer)
+    context = Context(torch.tensor(ids), job.spec.seed, untracked, lessons, scratch=folder / "scratch")
+    began = time.perf_counter()
+    record = apply(step, model, context)
+    own = {"step": step.name, "seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(model.device)}
+    return model, {
+        "seconds": before["seconds"] + own["seconds"],
+        "peak_bytes": max(before["peak_bytes"] or 0, own["peak_bytes"]),
+        "steps": [*before["steps"], {**own, "record": record}],
+        "fit": fit_of(job.node),
+    }
+
+
+def _loaded(node: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A node's model, which will save its tokenizer with it."""
+    model, tokenizer = load(str(node / "model"))
+    model.gateskip.tokenizer = tokenizer
+    return model, tokenizer
 
 
 def _made(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..errors import GateSkipError, PipelineError
+from ..errors import CalibrationError, GateSkipError, PipelineError
 from ..folders import write_whole
 from ..fresh import ProcessFailed, fresh_rows
 from ..measure import cores
@@ -236,7 +236,11 @@ class Matrix:
         self.keep(new_row(cell, part, self.settings[part], status, self.spec.seed, reason=reason))
 
     def _prompts(self, original: Path) -> Prompts:
-        """Held-out text as prompts of every size, over again where it is too short."""
+        """Held-out text, cut into prompts of every size.
+
+        Raises:
+            CalibrationError: it is too short for one.
+        """
         text, timing = self.spec.evaluation, self.spec.timing
         assert timing is not None
         if text.text == SELF:
@@ -245,8 +249,16 @@ class Matrix:
             tokenizer = AutoTokenizer.from_pretrained(original / "model")
             found = passages(text.text, tokenizer, text.window_tokens, text.most_tokens)
             ids = torch.cat([passage.ids for passage in found])
-        sizes = [(batch, tokens, batch * tokens) for batch, tokens in timing.sizes]
-        return [ids.repeat(-(-n // len(ids)))[:n].view(batch, tokens).tolist() for batch, tokens, n in sizes]
+        prompts: Prompts = []
+        for batch, tokens in timing.sizes:
+            if len(ids) < batch * tokens:
+                raise CalibrationError(
+                    f"timing batch {batch} of {tokens} prompt tokens: the evaluation text, which prompts are cut from, "
+                    f"has {len(ids)} tokens; lower timing.prompt_tokens, or raise evaluation.most_tokens"
+                )
+            count = len(ids) // (batch * tokens)
+            prompts.append(ids[: count * batch * tokens].view(count, batch, tokens).tolist())
+        return prompts
 
 
 @contextmanager

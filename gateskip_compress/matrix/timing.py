@@ -27,8 +27,8 @@ from ..source import load
 from .spec import Timing
 from .store import Row
 
-Prompts = list[list[list[int]]]
-"""Token ids for each of `Timing.sizes`."""
+Prompts = list[list[list[list[int]]]]
+"""For each of `Timing.sizes` the batches that are read in turn, sample by sample: token ids."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
 def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) -> Row:
     """Samples of every size, cell and original in turn, and the cell's memory; a size that is refused says why.
 
+    Both read a passage, then both the next: what gates skip and drafts gain depends on the text.
+
     Raises:
         ValueError: the native runtime was asked for, and cannot run one of them.
     """
@@ -96,16 +98,17 @@ def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) ->
     native = timing.runtime != "torch" and why_not is None
     runtime, _ = (who.ask("take", native) for who in (cell, original))
     sizes = []
-    for (batch, prompt_tokens), prompt in zip(timing.sizes, prompts, strict=True):
+    for (batch, prompt_tokens), passages in zip(timing.sizes, prompts, strict=True):
         size: Row = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": timing.new_tokens}
         try:
             samples: dict[str, list[float]] = {}
             for who in (cell, original):
-                who.ask("prompt", prompt)
-            for _ in range(timing.runs):
+                who.ask("prepare", passages[0])
+            for run in range(timing.runs):
                 for kind in ("prefill", "decode"):
                     for name, who in (("", cell), ("original_", original)):
-                        samples.setdefault(f"{name}{kind}_s", []).append(who.ask(kind))
+                        seconds = who.ask(kind, passages[run % len(passages)])
+                        samples.setdefault(f"{name}{kind}_s", []).append(seconds)
             size |= {**samples, **cell.ask("accepted")}
         except ValueError as error:
             size["refused"] = str(error)
@@ -144,7 +147,7 @@ class _Stand:
         self.whole = not forget_peak(self.model.device)
         return f"native, {kernel_names()[0]}" if native else "torch"
 
-    def prompt(self, ids: list[list[int]]) -> None:
+    def prepare(self, ids: list[list[int]]) -> None:
         prompt = torch.tensor(ids, device=self.model.device)
         self.watch = None  # its memory goes before there is another
         if self.native:
@@ -155,14 +158,14 @@ class _Stand:
             self.watch = Stopwatch(prompt, self.new_tokens, self.model, speculate=self.speculates)
         self.watch.warm_up()
 
-    def prefill(self) -> float:
-        return self._watch.prefill()
+    def prefill(self, ids: list[list[int]]) -> float:
+        return self._at(ids).prefill()
 
-    def decode(self) -> float:
-        return self._watch.decode()
+    def decode(self, ids: list[list[int]]) -> float:
+        return self._at(ids).decode()
 
     def accepted(self) -> Row:
-        counts = self._watch.acceptance
+        counts = self._ready.acceptance
         per_verify = (counts.accepted + counts.verifies) / counts.verifies if counts.verifies else None
         return {"accepted_share": counts.accepted_share, "tokens_per_verify": per_verify}
 
@@ -183,10 +186,15 @@ class _Stand:
         return prompt_tokens + self.new_tokens + 1
 
     @property
-    def _watch(self) -> Watch:
+    def _ready(self) -> Watch:
         if self.watch is None:
             raise ValueError("a prompt comes first")
         return self.watch
+
+    def _at(self, ids: list[list[int]]) -> Watch:
+        """Set to another prompt of the same size."""
+        self._ready.prompt = torch.tensor(ids, device=self.model.device)
+        return self._ready
 
 
 def _serve(ends: Connection, subject: Subject, new_tokens: int, unpack: bool) -> None:
