@@ -65,8 +65,8 @@ from gateskip_compress.text import Passage, passages, self_written
 
 QUESTIONS = "questions"
 """The text of rows that have accuracies."""
-NEAR_FULL = 0.9
-"""Where calibration begins, above the budgets that are measured: between two settings a budget is met closely."""
+BESIDE = 0.05
+"""How far calibration goes beyond the budgets that are measured: between two settings a budget is met closely."""
 DISTILLED = g.Training(steps=90, batch=4, cross_entropy=0.3)
 PAPER = g.GateSkip(
     budget=0.75,
@@ -159,8 +159,9 @@ def measure(given: argparse.Namespace) -> None:
                     dial = dial_of(model)
                     if name not in tables:
                         with quick_products():
-                            steps = sorted({NEAR_FULL, *given.budgets}, reverse=True)
-                            tables[name] = calibrate(model, alike[name], applied.spread, budgets=steps)
+                            shares = sorted(given.budgets, reverse=True)
+                            shares = [min(1, shares[0] + BESIDE), *shares, shares[-1] - BESIDE]
+                            tables[name] = calibrate(model, alike[name], applied.spread, budgets=shares)
                     dial.table = tables[name]
                     if share < dial.floor:
                         print(f"{variant:24} {share:.2f} {name:24} left out: the floor is {dial.floor:.3f}")

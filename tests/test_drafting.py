@@ -207,7 +207,7 @@ def simulate(chance_of, cost=0.6, per_token=0.1, jump=0.3, steps=2000, drafters=
     control = Control(drafters or [Drafter(0.5)], 6)
     time, count = 0.0, 0
     while count < steps:
-        drafter = control.choose(3 if any(d.budget is None for d in control.drafters) else 0)
+        drafter = control.choose(3 if control.looks else 0)
         if drafter is None:
             control.plain(1.0)
             time, count = time + 1, count + 1

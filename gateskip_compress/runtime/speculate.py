@@ -98,7 +98,7 @@ class Speculator:
         nothing: list[list[Hashable]] = [[] for _ in texts]
         if most < 1:
             return None, nothing
-        looks = any(drafter.budget is None for drafter in self.control.drafters)
+        looks = self.control.looks
         passages = [look_up(text.upto(0)[0, text.padding :], most) for text in texts] if looks else []
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:

@@ -146,6 +146,17 @@ class Control:
         """Seconds of a plain step."""
         return median(self._plain)
 
+    @property
+    def looks(self) -> bool:
+        """Whether the next draft may be a passage: else it need not be searched for."""
+        looking = next((drafter for drafter in self.drafters if drafter.budget is None), None)
+        return looking is not None and (not self.adapt or (self._ready and self._may(looking)))
+
+    @property
+    def _ready(self) -> bool:
+        """Whether what a plain step costs is known, and was seen of late."""
+        return len(self._plain) >= _TRIALS and self.since_plain < _PATIENCE
+
     def choose(self, found: int) -> Drafter | None:
         """Who drafts next; None is nobody, a plain step.
 
@@ -156,7 +167,7 @@ class Control:
         gates = [d for d in self.drafters if d.budget is not None]
         if not self.adapt:
             return looking or next(iter(gates), None)
-        if len(self._plain) < _TRIALS or self.since_plain >= _PATIENCE:
+        if not self._ready:
             return None
         best = max(filter(self._may, gates), key=lambda d: d.rate if d.known else float("inf"), default=None)
         if looking is not None and self._may(looking):

@@ -177,8 +177,7 @@ class _Decoder:
         nothing = Draft(last[:, :0], last.new_zeros(len(texts)), None, [[] for _ in texts])
         if most < 1:
             return None, nothing
-        looks = any(drafter.budget is None for drafter in self.control.drafters)
-        passages = [look_up(text, most) for text in texts] if looks else []
+        passages = [look_up(text, most) for text in texts] if self.control.looks else []
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
             return None, nothing
