@@ -10,7 +10,6 @@ guessed. What was guessed wrong stays in the cache beyond the text's end, where 
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,9 +24,7 @@ from ..speculation.control import Clock, Control, Drafter, sure, take_in
 from ..speculation.draft import draft_passages, look_up
 from ..text import drawn
 from .extension import extension
-
-if TYPE_CHECKING:
-    from .session import Session, Step
+from .lowered import Lowered, Step
 
 Guesses = tuple[Drafter | None, list[list[Hashable]]]
 """Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
@@ -70,7 +67,7 @@ class Speculator:
         counts: Are added to.
     """
 
-    def __init__(self, session: "Session", control: Control, counts: Acceptance, *, sampled: bool) -> None:
+    def __init__(self, session: Lowered, control: Control, counts: Acceptance, *, sampled: bool) -> None:
         self.session, self.control, self.counts, self.sampled = session, control, counts, sampled
 
     def round(self, texts: Sequence[Text]) -> list[list[int]]:
@@ -138,7 +135,7 @@ class Speculator:
         logits = F.pad(logits, (0, self.session.vocabulary - logits.shape[1]), value=-torch.inf)
         return torch.cat([t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)])
 
-    def _verify(self, texts: Sequence[Text], counts: list[int]) -> "Step":
+    def _verify(self, texts: Sequence[Text], counts: list[int]) -> Step:
         """What each text's last token and the guesses behind it give, text after text."""
         lasts = [text.length - 1 for text in texts]
         ids = np.concatenate([t.ids[at : at + n] for t, at, n in zip(texts, lasts, counts, strict=True)])
@@ -148,7 +145,7 @@ class Speculator:
         logits = self.sampled or len(texts[0].processors) > 0
         return self.session.run(ids, rows, np.concatenate(places).astype(np.int32), want, logits=logits)
 
-    def _choice(self, step: "Step", at: int, text: Text, guessed: int) -> int:
+    def _choice(self, step: Step, at: int, text: Text, guessed: int) -> int:
         """The token after a text and some guessed ones, out of place `at` of a call."""
         if step.logits is None:
             return int(step.best[at])
