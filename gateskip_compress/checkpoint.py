@@ -102,8 +102,7 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
         CheckpointError: the folder exists and holds something else.
     """
     target = Path(save_directory)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
-        raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another folder")
+    check_target(target)
     manifest: Manifest = model.gateskip  # pyright: ignore[reportAssignmentType]
     with written_whole(target) as folder:
         type(model).save_pretrained(model, folder, **kwargs)
@@ -113,6 +112,12 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
         content = {"format": _FORMAT, "package": version("gateskip-compress"), **manifest.to_json(), "files": files}
         (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         (folder / CARD).write_text(card(manifest))
+
+
+def check_target(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint cannot be written: the folder exists and holds something else."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST).is_file())):
+        raise CheckpointError(f"{folder} exists and is not a checkpoint of ours; choose another folder")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -301,20 +301,29 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
     window_tokens: int = 512,
     most_tokens: int = 4096,
+    budget: Annotated[float | None, typer.Option(help="That it is to run at from then on; default: as before.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find a gated checkpoint's thresholds anew, so that its budgets hold on a text like this one."""
-    from .gating.dial import dial_of
-    from .pipeline import recalibrate
+    from .checkpoint import check_target
+    from .gating.dial import check_budget, dial_of
+    from .pipeline import recalibrate, set_budget
     from .source import load
     from .text import passages
 
+    check_target(out)
+    if budget is not None:
+        check_budget(budget)
     loaded, tokenizer = load(model)
     found = passages(text, tokenizer, window_tokens, most_tokens)
     recalibrate(loaded, [passage.ids for passage in found])
+    if budget is not None:
+        set_budget(loaded, budget)
     loaded.save_pretrained(out)
-    table = [{"budget": s.budget, "executed": s.executed} for s in dial_of(loaded).table]
-    _show({"table": table, "tokens": sum(len(passage.ids) for passage in found), "out": str(out)}, as_json)
+    dial = dial_of(loaded)
+    table = [{"budget": s.budget, "executed": s.executed} for s in dial.table]
+    tokens = sum(len(passage.ids) for passage in found)
+    _show({"budget": dial.budget, "table": table, "tokens": tokens, "out": str(out)}, as_json)
 
 
 @app.command()

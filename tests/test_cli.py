@@ -6,6 +6,7 @@ from tiny_models import compress, tiny, tiny_tokenizer
 
 import gateskip_compress as g
 from gateskip_compress import cli
+from gateskip_compress.gating.dial import dial_of
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,27 @@ def test_eval_compares_with_the_original(call, place):
     plain = json.loads(out)
     assert plain["macs_share"] == 1
     assert plain["kl_nats"] is None
+
+
+def test_calibrate_writes_a_checkpoint_for_another_text_and_budget(call, place, tmp_path):
+    command = ("calibrate", place / "small", "--text", place / "text.txt", "--out", tmp_path / "mine", "--json")
+    code, out, err = call(*command, "--window-tokens", 32, "--most-tokens", 128, "--budget", 0.8)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["budget"] == 0.8
+    assert found["tokens"] == 128
+    model, tokenizer = g.load(str(tmp_path / "mine"))
+    assert [setting.budget for setting in dial_of(model).table] == [row["budget"] for row in found["table"]]
+    assert dial_of(model).budget == 0.8
+    assert tokenizer("w5 w9").input_ids == tiny_tokenizer()("w5 w9").input_ids
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("kept")
+    code, _, err = call(*command[:5], tmp_path / "notes")
+    assert code == 2
+    assert "is not a checkpoint of ours; choose another folder" in err
+    code, _, err = call(*command, "--budget", 1.5)
+    assert code == 2
+    assert "budget 1.5 must be above 0 and at most 1" in err
 
 
 def test_bench_keeps_its_samples(call, place):
