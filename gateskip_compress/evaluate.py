@@ -8,18 +8,23 @@
 The interval of the perplexity is a bootstrap over passages (tokens of one text are not independent).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .folders import write_whole
 from .losses import kl_divergence
 from .macs import counted_macs, head_macs
 from .model import read_out
@@ -102,6 +107,18 @@ class Reference:
             return cls(model, hidden, evaluate(model, passages, track=track))
         finally:
             handle.remove()
+
+    @classmethod
+    def read(cls, path: Path, model: PreTrainedModel) -> "Reference":
+        """What `write` wrote of this model."""
+        with safe_open(path, framework="pt", device=str(model.device)) as file:
+            hidden = [file.get_tensor(str(at)) for at in range(len(file.keys()))]
+            return cls(model, hidden, Quality(**json.loads(file.metadata()["quality"])))
+
+    def write(self, path: Path) -> None:
+        """Keep it in a file, whole or not at all."""
+        tensors = {str(at): hidden.contiguous() for at, hidden in enumerate(self.hidden)}
+        write_whole(path, save(tensors, metadata={"quality": json.dumps(asdict(self.quality))}))
 
     def logits(self, at: int) -> Float[Tensor, "n v"]:
         """At the scored tokens of one passage."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from .checkpoint import MANIFEST
 from .gating.dial import budget as turned_to
-from .gating.dial import dial_of
+from .gating.dial import is_gated
 from .measure import Stopwatch, disk_bytes, environment, measure_speed
 from .quantization.linear import unpacked
 from .runtime.choose import choose_runtime
@@ -189,8 +189,8 @@ def _session(
     beside: str | None,
 ) -> Session | None:
     """A native session, or None for torch; why not native is told. Only checkpoints of ours keep packed weights."""
-    if speculate:
-        dial_of(model)  # raises where nothing could draft
+    if speculate and not is_gated(model):
+        tell("no gates to draft with: passages of the text are looked up alone")
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
     folder = Path(beside) if beside is not None and (Path(beside) / MANIFEST).is_file() else None

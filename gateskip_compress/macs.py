@@ -8,17 +8,17 @@ leaves out.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from .model import NoMlp, blocks, family_of, features, key_value_features, projections, width
 from .model.attention import whole_rectangles
-
-_CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,34 @@ class BranchCost:
 @contextmanager
 def counted_macs() -> Iterator[Callable[[], int]]:
     """Counts the multiply-adds that really happen inside the `with`; what it yields tells their number."""
-    # torch's table has no entry for the attention kernel that CPUs use
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _sdpa_flop})
+    counter = _Counter()
     with whole_rectangles(), counter:
-        yield lambda: counter.get_total_flops() // 2
+        yield lambda: counter.flops // 2
+
+
+class _Counter(TorchDispatchMode):
+    """Counts as torch's FlopCounterMode and by its formulas, in half the time: it does not tell modules apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self._whole: set[Any] = {torch.ops.prim.device.default}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, or what it is made of."""
+        del types
+        given = kwargs or {}
+        formula = _FORMULAS.get(getattr(func, "_overloadpacket", None))
+        if formula is None and func not in self._whole:
+            with self:
+                out = func.decompose(*args, **given)
+            if out is not NotImplemented:
+                return out
+            self._whole.add(func)
+        out = func(*args, **given)
+        if formula is not None:
+            self.flops += formula(*args, **given, out_val=out)
+        return out
 
 
 def count_macs(model: PreTrainedModel, ids: Int[Tensor, "b t"]) -> int:
@@ -92,8 +116,10 @@ def head_macs(model: PreTrainedModel) -> int:
     return rows * columns
 
 
-def _sdpa_flop(
-    query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: object, **__: object
-) -> int:
-    heads = (query_shape[0], query_shape[1])  # grouped keys are shared, but every query head does its own products
-    return sdpa_flop_count(query_shape, (*heads, *key_shape[2:]), (*heads, *value_shape[2:]))
+def _sdpa_flop(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    heads = query.shape[:2]  # grouped keys are shared, but every query head does its own products
+    return sdpa_flop_count(query.shape, (*heads, *key.shape[2:]), (*heads, *value.shape[2:]))
+
+
+# torch's table has no entry for the attention kernel that CPUs use
+_FORMULAS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop}

@@ -66,6 +66,16 @@ def test_generate_streams_the_same_with_and_without_speculation(call, place):
     assert "plain steps" in err
 
 
+@pytest.mark.parametrize("runtime", ["native", "torch"])
+def test_a_model_without_gates_looks_passages_up(runtime, call, place):
+    command = ("generate", place / "plain", "--prompt", "w5 w9 w5 w9", "--new-tokens", 12, "--runtime", runtime)
+    plain = call(*command)[1]
+    code, out, err = call(*command, "--speculate")
+    assert code == 0
+    assert out == plain != ""
+    assert "no gates to draft with: passages of the text are looked up alone" in err
+
+
 def test_generate_draws_by_a_seed(call, place):
     command = ("generate", place / "small", "--prompt", "w5 w9", "--temperature", 2, "--new-tokens", 8, "--json")
     texts = [json.loads(call(*command, "--seed", seed)[1])["token_ids"] for seed in (0, 0, 1)]
@@ -193,7 +203,6 @@ def _interrupt(*_):
         (("generate", "./absent", "--prompt", "a"), "no such folder"),
         (("generate", "{small}", "--prompt", "a", "--budget", "0"), "budget 0.0 must be above 0"),
         (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
-        (("generate", "{plain}", "--prompt", "a", "--speculate"), "no gates"),
         (("generate", "{small}", "--prompt", "a", "--temperature=-1"), "--temperature -1.0 must not be negative"),
         (("generate", "{small}", "--prompt", "a", "--runtime", "cuda"), "runtime 'cuda' must be one of auto, native"),
         (

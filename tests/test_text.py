@@ -91,7 +91,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
         passages(write(tmp_path, [CHAT]), chat, 64, 64)
 
 
-def test_quality_is_that_of_a_plain_loop():
+def test_quality_is_that_of_a_plain_loop(tmp_path):
     model, original = tiny(), tiny(initializer_range=0.1)
     generator = torch.Generator().manual_seed(0)
     held_out = []
@@ -100,7 +100,15 @@ def test_quality_is_that_of_a_plain_loop():
         scored[0], scored[-1] = False, True
         held_out.append(Passage(torch.randint(96, (length,), generator=generator), scored))
     found = g.evaluate(model, held_out, original)
-    assert g.evaluate(model, held_out, Reference.of(original, held_out)) == found
+    reference = Reference.of(original, held_out)
+    assert g.evaluate(model, held_out, reference) == found
+    reference.write(tmp_path / "reference.safetensors")
+    again = Reference.read(tmp_path / "reference.safetensors", original)
+    assert again.quality == reference.quality == g.evaluate(original, held_out)
+    assert all(map(torch.equal, again.hidden, reference.hidden))
+    assert g.evaluate(model, held_out, again).kl_nats == pytest.approx(
+        found.kl_nats, rel=1e-6
+    )  # read elsewhere in memory
     whole = sum(count_macs(model, passage.ids[None]) for passage in held_out)
     assert found.macs_per_token == pytest.approx(whole / sum(len(passage.ids) for passage in held_out))
     losses, divergences, same = [], [], []

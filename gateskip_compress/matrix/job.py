@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, GateSkipError
-from ..evaluate import sample
+from ..evaluate import Reference, sample
 from ..folders import write_whole
 from ..gating.dial import budget
 from ..gating.transform import GateSkip
@@ -27,6 +27,7 @@ from ..run import calibration_text, evaluation_text, training_text
 from ..source import load
 from ..step import Context, Stage
 from ..tasks import TASKS, read_items
+from ..text import Passage
 from ..track import untracked
 from ..transforms import build
 from .cells import Cell, Node, digest
@@ -78,11 +79,11 @@ def run_job(job: Job) -> Iterator[Row]:
         return
     facts = json.loads((folder / "facts.json").read_text())
     model, tokenizer = load(str(folder / "model"))
-    original = load(str(job.cache / job.node.original / "model"))[0] if job.node.steps and not job.same else None
+    held_out, beside = ([], None) if job.same else _held_out(job, model, tokenizer)
     for cell in job.cells:
         found = {"compression": facts, "disk_bytes": disk_bytes(folder / "model"), "environment": environment(model)}
         try:
-            measured = job.same or _quality(job.spec, cell, model, original, tokenizer)
+            measured = job.same or _quality(job.spec.tasks, cell, model, held_out, beside, tokenizer)
         except (GateSkipError, ValueError) as error:
             yield row_of(job, cell, "refused", reason=str(error))
             continue
@@ -169,24 +170,39 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _held_out(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Passage], Reference | None]:
+    """What quality is measured on, and what the original says to it, which runs once for all other nodes."""
+    place, recipe = job.cache / job.node.original, job.spec.recipe(job.node.model, [])
+    original = load(str(place / "model"))[0] if job.node.steps else model
+    held_out = evaluation_text(recipe, original, tokenizer, untracked)
+    if not job.node.steps:
+        return held_out, None
+    path = place / f"reference-{job.settings}.safetensors"
+    if not path.is_file():
+        Reference.of(original, held_out).write(path)
+    return held_out, Reference.read(path, original)
+
+
 @torch.inference_mode()
 def _quality(
-    spec: Spec,
+    tasks: Questions | None,
     cell: Cell,
     model: PreTrainedModel,
-    original: PreTrainedModel | None,
+    held_out: Sequence[Passage],
+    beside: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Row:
     """Of one cell, with raw samples; decoding as usual, since a verified draft changes no token."""
-    held_out = evaluation_text(spec.recipe(cell.model, []), original or model, tokenizer, untracked)
     with ExitStack() as turned:
         if cell.budget is not None:
             turned.enter_context(budget(model, cell.budget))
         turned.enter_context(unpacked(model))
-        samples = sample(model, held_out, original)
+        samples = sample(model, held_out, beside)
         if not all(map(math.isfinite, samples.losses_nats)):
             raise ValueError("the loss on held-out text is not finite: these steps broke the model")
-        answers = _answers(spec.tasks, model, tokenizer) if spec.tasks else {}
+        answers = _answers(tasks, model, tokenizer) if tasks else {}
     quality = asdict(samples.quality)
     return {"samples": asdict(samples), "quality": quality, "answers": answers}
 

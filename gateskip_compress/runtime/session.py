@@ -6,7 +6,6 @@ is ours. One call decodes a token for every sequence; prompts go in a window at 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..speculation.acceptance import Acceptance
 from ..speculation.control import control_of
 from ..speculation.decode import extend, side_by_side
 from ..speculation.scores import check_processors, of_rows
-from ..speculation.transform import SelfSpeculation
+from ..speculation.transform import SelfSpeculation, settings_of
 from .extension import extension
 from .lowered import Lowered
 from .speculate import Speculator, Text, choose
@@ -75,8 +74,7 @@ class Session(Lowered):
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
             speculate: Guess tokens and verify them, see `speculate.py`; the text stays the same.
-            draft_budget: As in `SelfSpeculation`, like the next three; None takes the pipeline step's, and a model
-                without a step looks up alone.
+            draft_budget: As in `self_speculative`, like the next three.
             draft_tokens: As there.
             drafts: As there.
             adapt: As there.
@@ -90,7 +88,7 @@ class Session(Lowered):
         with _torch_in_one_thread():
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
-                settings = self._speculation({name: value for name, value in given.items() if value is not None})
+                settings = settings_of(self.model, given)
                 self._check_speculation(input_ids, logits_processor, streamer, settings)
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), runtime="native")
@@ -121,13 +119,6 @@ class Session(Lowered):
                     return ids
                 step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
                 positions, best, logits = positions + 1, step.best, step.logits
-
-    def _speculation(self, given: dict[str, Any]) -> SelfSpeculation:
-        """The model's step with what is given instead; without a step, and gates to draft with, it looks up."""
-        step = getattr(self.model, "self_speculation", None)
-        if step is None:
-            step = SelfSpeculation(drafts="both" if "draft_budget" in given else "look-up")
-        return replace(step, **given)
 
     def _texts(self, ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList) -> list[Text]:
         """Prompts to speculate on; the cache then holds them but for their last tokens."""

@@ -19,7 +19,7 @@ What the text is equal to:
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from .control import Clock, Control, Drafter, control_of, take_in
 from .draft import Draft, draft_by_gates, draft_passages, look_up
 from .rows import Rows
 from .scores import check_processors, of_rows, processed
-from .transform import SelfSpeculation
+from .transform import settings_of
 
 TIE, GATE_TIE = 32, 8
 """How near the first two scores count as tied, in float32's epsilons of the largest logit; and how near a gate's score
@@ -63,7 +63,8 @@ def self_speculative(
 ) -> Int[Tensor, "b u"]:
     """Decode; pass it as `model.generate(ids, custom_generate=self_speculative, draft_budget=0.6)`.
 
-    Fields of `SelfSpeculation` that are not given are those of the model's own step.
+    Fields of `SelfSpeculation` that are not given are those of the model's own step; without a step, gates draft and
+    passages are looked up, or these alone where there are no gates.
 
     Args:
         model: Verifies at the budget it is set to. What is learnt of its costs and chances stays with it.
@@ -91,9 +92,7 @@ def self_speculative(
         UnsupportedModel: gates are to draft, and the model has none.
     """
     given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
-    step = getattr(model, "self_speculation", SelfSpeculation())
-    settings = replace(step, **{name: value for name, value in given.items() if value is not None})
-    control = control_of(model, settings, len(input_ids))
+    control = control_of(model, settings_of(model, given), len(input_ids))
     _check(input_ids, generation_config, streamer, model_kwargs)
     check_processors(logits_processor, input_ids, model.config.get_text_config().vocab_size)
     cache: DynamicCache = model_kwargs["past_key_values"]

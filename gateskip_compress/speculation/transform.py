@@ -1,11 +1,11 @@
 """The SelfSpeculation step: how the model decodes from now on, and gates of its own to draft with, if asked."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from ..gating.dial import Dial, dial_of, drafting
+from ..gating.dial import Dial, dial_of, drafting, is_gated
 from ..gating.fit import Gates
 from ..gating.transform import GateSkip, put_in_draft
 from ..model import blocks
@@ -122,6 +122,14 @@ class SelfSpeculation:
                 "use drafts='look-up'"
             )
         return below if len(below) <= _CANDIDATES else [below[0], below[len(below) // 2], below[-1]]
+
+
+def settings_of(model: PreTrainedModel, given: dict[str, Any]) -> SelfSpeculation:
+    """The model's own step with what is given instead; without a step `both`, or `look-up` where there are no gates."""
+    step = getattr(model, "self_speculation", None)
+    if step is None:
+        step = SelfSpeculation() if is_gated(model) else SelfSpeculation(drafts="look-up")
+    return replace(step, **{name: value for name, value in given.items() if value is not None})
 
 
 _CANDIDATES, _APART = 3, 0.05
