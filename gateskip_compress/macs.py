@@ -47,7 +47,7 @@ def counted_macs() -> Iterator[Callable[[], int]]:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts as torch's FlopCounterMode and by its formulas, in half the time: it does not tell modules apart."""
+    """Counts as torch's FlopCounterMode and by its formulas, with less to do: it does not tell modules apart."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -106,9 +106,8 @@ def test_quality_is_that_of_a_plain_loop(tmp_path):
     again = Reference.read(tmp_path / "reference.safetensors", original)
     assert again.quality == reference.quality == g.evaluate(original, held_out)
     assert all(map(torch.equal, again.hidden, reference.hidden))
-    assert g.evaluate(model, held_out, again).kl_nats == pytest.approx(
-        found.kl_nats, rel=1e-6
-    )  # read elsewhere in memory
+    apart = g.evaluate(model, held_out, again).kl_nats  # elsewhere in memory, where kernels may round otherwise
+    assert apart == pytest.approx(found.kl_nats, rel=1e-6)
     whole = sum(count_macs(model, passage.ids[None]) for passage in held_out)
     assert found.macs_per_token == pytest.approx(whole / sum(len(passage.ids) for passage in held_out))
     losses, divergences, same = [], [], []

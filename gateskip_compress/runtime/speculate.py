@@ -95,8 +95,8 @@ class Speculator:
         nothing: list[list[Hashable]] = [[] for _ in texts]
         if most < 1:
             return None, nothing
-        looks = self.control.looks
-        passages = [look_up(text.upto(0)[0, text.padding :], most) for text in texts] if looks else []
+        searched = texts if self.control.looks else ()
+        passages = [look_up(text.upto(0)[0, text.padding :], most) for text in searched]
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
             return None, nothing
