@@ -194,4 +194,4 @@ def _session(
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
     folder = Path(beside) if beside is not None and (Path(beside) / MANIFEST).is_file() else None
-    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell, beside=folder)
+    return choose_runtime(model, "torch" if unpack else runtime, context_tokens, tell, beside=folder, release=True)

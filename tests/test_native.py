@@ -412,6 +412,44 @@ def test_a_head_and_an_embedding_of_few_bits_keep_their_codes(tied):
     torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("head", ["int8", "f32"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (4, False), (8, True)])
+def test_an_embedding_of_few_bits_is_read_from_its_codes_exactly(bits, symmetric, tied, head, kernels):
+    few = g.Quantize(solver="nearest", clip=False, symmetric=symmetric, group_size=32, bits_of={"embed|head": bits})
+    model, ids = compress(tiny(tie_word_embeddings=tied), few), tokens(1, 16)[0]
+    settings = {**EXACT, "head": head, "kernels": kernels}
+    found = logits_of(lower(model, **settings), ids).logits
+    floats = torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight)
+    model.set_input_embeddings(floats)
+    assert torch.equal(found, logits_of(lower(model, **settings), ids).logits)
+
+
+@pytest.mark.parametrize("how", ["float", "stacked", "vocabulary too"])
+def test_a_released_model_decodes_in_its_session_alone(how, tmp_path):
+    few = partial(g.Quantize, bits=4, group_size=32, solver="nearest", clip=False)
+    steps = {
+        "float": (gates(),),
+        "stacked": (gates(surrogate="narrow"), few()),
+        "vocabulary too": (gates(), few(bits_of={"embed": 8})),
+    }[how]
+    model, ids = compress(tiny(), *steps), tokens(1, 30)
+    held = lower(model, context_tokens=64)
+    expected = held.generate(ids, max_new_tokens=12, do_sample=False)
+    session = lower(model, context_tokens=64, release=True)
+    assert torch.equal(session.generate(ids, max_new_tokens=12, do_sample=False), expected)
+    assert torch.equal(session.generate(ids, max_new_tokens=12, do_sample=False, speculate=True), expected)
+    with g.budget(model, 1.0):
+        assert session.run_row(ids[0].numpy(), 0, 0, wanted=1, decisions=True).kept.all()
+    left = [t for block in model.model.layers for t in (*block.parameters(), *block.buffers()) if t.dim() == 2]
+    assert left == []
+    for use in (lambda: model(ids), lambda: model.save_pretrained(tmp_path / "out"), lambda: lower(model)):
+        with pytest.raises(g.UnsupportedModel, match="load the model again"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_window_that_the_context_does_not_reach_makes_no_difference():
     model, ids = tiny("mistral, sliding"), tokens(1, 16)[0]
     found = logits_of(lower(model, **{**EXACT, "context_tokens": 16}), ids).logits

@@ -1,8 +1,8 @@
 """Timed cells: one at a time, each sample paired with one of the original, taken right after it.
 
 Cell and original each have a process of their own; while one runs, the other waits. A drift of the machine hits both,
-and drops out of the ratio of a pair. Peak memory is the cell process's own, from the loaded model on, less what the
-process held before there was a model.
+and drops out of the ratio of a pair. Peak memory is the cell process's own while it decodes, from the loaded (natively:
+and lowered) model on, less what the process held before there was a model; the peak until then is in the row too.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from ..quantization.linear import unpacked
 from ..runtime.choose import why_not_native
 from ..runtime.extension import kernel_names
 from ..runtime.lower import lower
+from ..runtime.session import Session
 from ..runtime.watch import SessionWatch
 from ..source import load
 from .spec import Timing
@@ -75,10 +76,10 @@ class Rival:
 @contextmanager
 def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
     """A process with a model loaded; ended with the `with`."""
-    process, ends = fresh_process(_serve, subject, timing.new_tokens, timing.unpack)
+    process, ends = fresh_process(_serve, subject, timing)
     try:
         found = Rival(process, ends)
-        found.why_not = found.ask("load", max(tokens for _, tokens in timing.sizes))
+        found.why_not = found.ask("load")
         yield found
     finally:
         stop(process)
@@ -122,15 +123,15 @@ class _Stand:
     """What a timed process keeps between requests."""
 
     subject: Subject
-    new_tokens: int
-    unpack: bool
+    timing: Timing
     held: ExitStack = field(default_factory=ExitStack)
     before_bytes: int = 0
+    session: Session | None = None
     watch: Watch | None = None
-    native: bool = False
+    loading_bytes: int = 0
     whole: bool = False
 
-    def load(self, prompt_tokens: int) -> str | None:
+    def load(self) -> str | None:
         torch.set_num_threads(self.subject.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.before_bytes = held_bytes(device)
@@ -138,24 +139,25 @@ class _Stand:
         self.model.to(device)
         if self.subject.budget is not None:
             self.held.enter_context(budget(self.model, self.subject.budget))
-        return why_not_native(self.model, self._context(prompt_tokens))
+        return why_not_native(self.model, self._context)
 
     def take(self, native: bool) -> str:
-        self.native = native
-        if self.unpack and not native:
+        if native:
+            rows, threads = max(batch for batch, _ in self.timing.sizes), self.subject.threads
+            self.session = lower(self.model, context_tokens=self._context, rows=rows, threads=threads, release=True)
+        elif self.timing.unpack:
             self.held.enter_context(unpacked(self.model))
+        self.loading_bytes = peak_bytes(self.model.device)
         self.whole = not forget_peak(self.model.device)
         return f"native, {kernel_names()[0]}" if native else "torch"
 
     def prepare(self, ids: list[list[int]]) -> None:
         prompt = torch.tensor(ids, device=self.model.device)
         self.watch = None  # its memory goes before there is another
-        if self.native:
-            context, threads = self._context(prompt.shape[1]), self.subject.threads
-            session = lower(self.model, context_tokens=context, rows=len(prompt), threads=threads)
-            self.watch = SessionWatch(prompt, self.new_tokens, session, speculate=self.speculates)
+        if self.session is not None:
+            self.watch = SessionWatch(prompt, self.timing.new_tokens, self.session, speculate=self.speculates)
         else:
-            self.watch = Stopwatch(prompt, self.new_tokens, self.model, speculate=self.speculates)
+            self.watch = Stopwatch(prompt, self.timing.new_tokens, self.model, speculate=self.speculates)
         self.watch.warm_up()
 
     def prefill(self, ids: list[list[int]]) -> float:
@@ -174,6 +176,7 @@ class _Stand:
         return {
             "memory_bytes": peak - self.before_bytes,
             "process_peak_bytes": peak,
+            "loading_peak_bytes": self.loading_bytes,
             "peak_includes_loading": self.whole,
             "environment": environment(self.model),
         }
@@ -182,8 +185,9 @@ class _Stand:
     def speculates(self) -> bool:
         return getattr(self.model, "self_speculation", None) is not None
 
-    def _context(self, prompt_tokens: int) -> int:
-        return prompt_tokens + self.new_tokens + 1
+    @property
+    def _context(self) -> int:
+        return max(tokens for _, tokens in self.timing.sizes) + self.timing.new_tokens + 1
 
     @property
     def _ready(self) -> Watch:
@@ -197,9 +201,9 @@ class _Stand:
         return self._ready
 
 
-def _serve(ends: Connection, subject: Subject, new_tokens: int, unpack: bool) -> None:
+def _serve(ends: Connection, subject: Subject, timing: Timing) -> None:
     """Answer requests until the other end is closed."""
-    stand = _Stand(subject, new_tokens, unpack)
+    stand = _Stand(subject, timing)
     while True:
         try:
             name, *arguments = ends.recv()

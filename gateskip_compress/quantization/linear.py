@@ -130,13 +130,18 @@ class QuantizedEmbedding(nn.Module):
         self.factor, self.tied = factor, tied
 
     @property
+    def matrix(self) -> QuantizedLinear:
+        """What holds the rows."""
+        return self._table[0]
+
+    @property
     def weight(self) -> Float[Tensor, "v d"]:
         """The float matrix, before the factor."""
-        return self._table[0].weight
+        return self.matrix.weight
 
     def forward(self, ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
         """Dequantize the rows of these tokens."""
-        rows = self._table[0].rows(ids)
+        rows = self.matrix.rows(ids)
         return rows if self.factor == 1 else rows * rows.new_tensor(self.factor)
 
 

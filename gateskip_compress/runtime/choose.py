@@ -32,6 +32,7 @@ def choose_runtime(
     *,
     rows: int = 1,
     beside: Path | None = None,
+    release: bool = False,
 ) -> Session | None:
     """A session, or None where torch runs the model.
 
@@ -42,6 +43,7 @@ def choose_runtime(
         tell: Gets that reason, once.
         rows: Sequences that decode together at most.
         beside: As in `lower`.
+        release: As there.
 
     Raises:
         RuntimeUnavailable: `native` was asked for and is not built.
@@ -51,7 +53,7 @@ def choose_runtime(
     if runtime == "torch":
         return None
     try:
-        return lower(model, context_tokens=context_tokens, rows=rows, beside=beside)
+        return lower(model, context_tokens=context_tokens, rows=rows, beside=beside, release=release)
     except (RuntimeUnavailable, UnsupportedModel) as error:
         if runtime == "native":
             raise

@@ -22,6 +22,7 @@ from ..names import check_choice
 from .extension import extension
 from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary_size
 from .packed import PackedFile
+from .release import check_weights, free, own_what_is_left, refuse_without_weights
 from .session import Session
 
 Half = Literal["f16", "f32"]
@@ -41,11 +42,12 @@ def lower(
     activation_bits: int = 16,
     kernels: str | None = None,
     beside: Path | None = None,
+    release: bool = False,
 ) -> Session:
     """Pack a model's weights for the native runtime.
 
     Args:
-        model: Of a known family, compressed or not; it stays as it is, and the session reads its embedding and dial.
+        model: Of a known family, compressed or not; the session reads its dial, and its embedding where that is float.
         context_tokens: Positions of the cache: most tokens of a prompt and its continuation.
         rows: Sequences that decode together at most.
         threads: None is one for each core.
@@ -57,15 +59,19 @@ def lower(
         kernels: Of `kernel_names()`; None is the fastest that fits.
         beside: The checkpoint that the model was loaded from and still equals: packed weights are kept there, and
             mapped the next time. None packs into memory.
+        release: Free the model's matrices as they are packed, for about half the memory: from then on the session
+            alone runs it, and the model itself refuses to run or to be saved. False leaves the model as it is.
 
     Raises:
         RuntimeUnavailable: the extension was not built.
-        UnsupportedModel: the runtime does not know such a model; the message says which part.
+        UnsupportedModel: the runtime does not know such a model, and the message says which part; or another session
+            has its weights.
         ValueError: an argument is out of its range.
     """
     native = extension()
     for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Half)):
         check_choice(name, value, get_args(known))
+    check_weights(model)
     check_lowerable(model, context_tokens)
     if context_tokens < 1 or rows < 1:
         raise ValueError(f"context_tokens {context_tokens} and rows {rows} must be at least 1")
@@ -75,9 +81,16 @@ def lower(
     fitting = _fitting(native, kernels, shape.head_dim)
     file = PackedFile() if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
     pack = Packer(fitting, floats, file)
-    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
+    layers = []
+    for index, block in enumerate(blocks(model)):
+        layers.append(pack.layer(index, block, _copies(block)))
+        if release:
+            free(block)
     shape.inner = pack.widest
+    if release:
+        own_what_is_left(model)
     output = pack.head(model.get_output_embeddings(), head)
+    embedding = pack.embedding(model.get_input_embeddings(), model.get_output_embeddings(), output)
     file.keep()
     cos, sin = _rope(model, context_tokens)
     shape.rotated = cos.shape[1]
@@ -85,8 +98,12 @@ def lower(
     exact = table(model.get_output_embeddings()) if rounded else None
     built = native.Model(shape, pack.kernels, _checked_threads(threads))
     norm = model.model.norm.weight
-    embedding = table(model.get_input_embeddings())
     built.finish(layers, vector(norm), output, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
+    if release:
+        for vocabulary in (model.get_output_embeddings(), model.get_input_embeddings()):
+            if is_coded(vocabulary):
+                free(vocabulary)
+        refuse_without_weights(model)
     drafts = any("draft_gates" in block._modules for block in blocks(model))
     return Session(model, built, context_tokens, rows, pack.kernels, pack.bytes_per_token, drafts)
 

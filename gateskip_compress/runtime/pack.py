@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..gating.gate import Gate
 from ..quantization.groups import GroupWeight, quantize
-from ..quantization.linear import QuantizedLinear
+from ..quantization.linear import QuantizedEmbedding, QuantizedLinear
 from .extension import extension
 from .packed import Bytes, PackedFile
 
@@ -23,9 +23,10 @@ _SLICE_ROWS = 8192
 """Of the head, quantized at a time: vocabularies are long."""
 
 
-def is_coded(head: nn.Module) -> bool:
-    """Whether an output head is quantized already, to integers."""
-    return isinstance(head, QuantizedLinear) and head.levels is None
+def is_coded(vocabulary: nn.Module) -> bool:
+    """Whether an output head or an embedding is quantized already, to integers."""
+    matrix = vocabulary.matrix if isinstance(vocabulary, QuantizedEmbedding) else vocabulary
+    return isinstance(matrix, QuantizedLinear) and matrix.levels is None
 
 
 @dataclass
@@ -113,6 +114,16 @@ class Packer:
             return self.floating("head", weight, bias, form)
         slices = (quantize(part.float(), 8, _HEAD_GROUP, symmetric=True) for part in weight.split(_SLICE_ROWS))
         return self.keep("head", "int8", weight.shape, _HEAD_GROUP, lambda: self.pack("int8", slices), bias)
+
+    def embedding(self, module: nn.Module, head: nn.Module, packed_head: Any) -> Any:
+        """The embedding: floats where they lie, or codes, which are the head's where the two are one matrix."""
+        if not isinstance(module, QuantizedEmbedding) or not is_coded(module):
+            return table(module)
+        if module.matrix is head and packed_head.coded:
+            return packed_head
+        before, rows = self.bytes_per_token, self.matrix("embedding", module.matrix)
+        self.bytes_per_token = before  # a token reads one row
+        return rows
 
     def coded(self, name: str, weight: GroupWeight, bias: Tensor | None) -> Any:
         """A quantized matrix; 3 bits are kept as 4."""

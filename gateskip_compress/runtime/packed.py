@@ -23,8 +23,8 @@ from safetensors.numpy import save
 from ..checkpoint import MANIFEST
 from ..folders import write_whole
 
-_LAYOUT = 1
-"""Of the packed bytes; to be raised when `native/kernels.h` lays them out in another way."""
+_LAYOUT = 2
+"""Of the packed bytes; to be raised when `native/kernels.h` lays them out in another way, or others are kept."""
 Bytes = UInt8[np.ndarray, " n"]
 
 

@@ -236,8 +236,9 @@ struct HeldModel {
 
   HeldModel(const Shape& shape, const std::string& kernels, int threads) : model(shape, kernels_named(kernels), threads) {}
 
-  // Finishes a model whose layers are set. Tables (vocabulary, width) are float, or bf16 as 16-bit integers.
-  void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::array embedding,
+  // Finishes a model whose layers are set. Tables (vocabulary, width) are float, or bf16 as 16-bit integers; the embedding
+  // may be a matrix of codes instead.
+  void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::object embedding,
               std::optional<py::array> exact_head, Floats cos, Floats sin, py::object owners) {
     const Shape& s = model.shape;
     check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
@@ -245,18 +246,26 @@ struct HeldModel {
     model.layers = std::move(layers);
     model.norm = std::move(norm);
     model.head = head;
-    model.embedding = table(embedding);
+    model.embedding = py::isinstance<HeldMatrix>(embedding) ? coded(embedding.cast<const HeldMatrix&>())
+                                                            : table(embedding.cast<py::array>());
     if (exact_head) model.exact_head = table(*exact_head);
     model.cos = cos.data(), model.sin = sin.data();
     held = {embedding, py::cast(exact_head), cos, sin, py::cast(head), owners};
     model.prepare();
   }
 
+  Table coded(const HeldMatrix& rows) const {
+    check(rows.rows >= model.shape.vocabulary && rows.columns == model.shape.width, "a table's shape does not fit");
+    check(rows.kind == Kind::int4 || rows.kind == Kind::int8, "a table of codes has 4 or 8 bits");
+    check(rows.lanes == model.kernels.lanes, "a table was packed for other kernels");
+    return {nullptr, false, rows};
+  }
+
   Table table(const py::array& rows) const {
     check(rows.ndim() == 2 && rows.shape(0) >= model.shape.vocabulary && rows.shape(1) == model.shape.width,
           "a table's shape does not fit");
     check(rows.itemsize() == 2 || rows.itemsize() == 4, "a table has elements of 2 or 4 bytes");
-    return {rows.data(), rows.itemsize() == 2};
+    return {rows.data(), rows.itemsize() == 2, {}};
   }
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
@@ -339,6 +348,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<HeldMatrix, Matrix>(m, "HeldMatrix")
       .def(py::init(&hold), py::arg("kernels"), py::arg("kind"), py::arg("rows"), py::arg("columns"),
            py::arg("group"), py::arg("packed"), py::arg("bias") = py::none())
+      .def_property_readonly("coded", [](const HeldMatrix& m) { return m.kind == Kind::int4 || m.kind == Kind::int8; })
       .def_readonly("rows", &HeldMatrix::rows)
       .def_readonly("columns", &HeldMatrix::columns);
   py::class_<Surrogate>(m, "Surrogate")

@@ -44,6 +44,23 @@ void pack_codes(const Matrix& m, int lanes, const uint8_t* codes, const float* s
   }
 }
 
+void unpack_row(const Matrix& m, int lanes, int row, float* to) {
+  const int step = m.kind == Kind::int4 ? 8 : 4, all = padded(m.columns, kChunk), lane = row % lanes;
+  const uint8_t* at = m.data + row / lanes * block_bytes(m, lanes);
+  for (int group = 0; group < groups(m); ++group) {
+    float scale;
+    std::memcpy(&scale, at + 4 * lane, 4);
+    const int zero = at[4 * lanes + lane], end = std::min((group + 1) * m.group, all);
+    at += 5 * lanes;
+    for (int column = group * m.group; column < end; column += step, at += 4 * lanes)
+      for (int i = 0; i < step && column + i < m.columns; ++i) {
+        const uint8_t byte = at[4 * lane + i % 4];
+        const int code = m.kind == Kind::int8 ? byte : i < 4 ? byte & 15 : byte >> 4;
+        to[column + i] = scale * static_cast<float>(code - zero);
+      }
+  }
+}
+
 void pack_floats(const Matrix& m, int lanes, const float* weight, uint8_t* to) {
   for (int row = 0; row < m.rows; ++row)
     for (int column = 0; column < m.columns; ++column) {

@@ -90,8 +90,9 @@ void Model::work(const Call& call, int thread) {
   read_out(call, thread);
 }
 
-// A row of a float table, widened into `to`.
+// A row of a table, as floats.
 void Model::copy_row(const Table& table, int row, float* to) const {
+  if (table.codes.data) return unpack_row(table.codes, kernels.lanes, row, to);
   const size_t from = size_t(row) * shape.width;
   if (!table.bf16) {
     std::memcpy(to, static_cast<const float*>(table.data) + from, sizeof(float) * shape.width);

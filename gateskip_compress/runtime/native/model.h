@@ -41,10 +41,11 @@ struct Layer {
   bool copies = false;  // tokens that skip attention take keys and values of the layer below
 };
 
-// Rows of `width` floats, as someone else holds them.
+// Rows of `width` floats, as someone else holds them; or of packed codes.
 struct Table {
   const void* data = nullptr;
   bool bf16 = false;
+  Matrix codes;  // where it has data, these are the rows
 };
 
 struct Shape {

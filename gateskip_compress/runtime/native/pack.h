@@ -10,6 +10,8 @@ void pack_codes(const Matrix& shape, int lanes, const uint8_t* codes, const floa
                 uint8_t* to);
 // Floats (rows, columns), kept as they are or rounded to bf16.
 void pack_floats(const Matrix& shape, int lanes, const float* weight, uint8_t* to);
+// A row of packed codes as floats again: scale * (code - zero point).
+void unpack_row(const Matrix& m, int lanes, int row, float* to);
 
 // To the nearest bf16, ties to even.
 inline uint16_t to_bf16(float value) {
