@@ -39,34 +39,37 @@ from gateskip_compress.speculation.acceptance import Acceptance
 BUDGETS = (0.75, 0.5)
 PEERS = ("llama.cpp", "OpenVINO GenAI", "OpenVINO GenAI, converted")
 LOADS = 3
-# Runs in the peer's Python: prints its load seconds, then those of each line, [prompt tokens, number of new tokens].
+# Runs in the peer's Python: prints its load seconds, then those of each line, [prompts, number of new tokens].
 _SERVE = """
 import time
 start = time.perf_counter()
 import json, sys
-name, file, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+name, file, threads, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if name == "llama.cpp":
     from llama_cpp import Llama
+    assert batch == 1, "llama-cpp-python's interface decodes one sequence at a time"
     model = Llama(file, n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
-    def run(ids, count):
+    def run(prompts, count):
         model.reset()
-        for i, _ in enumerate(model.generate(ids, top_k=1, temp=0.0, reset=True), 1):
+        for i, _ in enumerate(model.generate(prompts[0], top_k=1, temp=0.0, reset=True), 1):
             if i == count: return
 else:
     import numpy, openvino, openvino_genai
-    save = {"enable_save_ov_model": True} if len(sys.argv) > 4 else {}
+    save = {"enable_save_ov_model": True} if len(sys.argv) > 5 else {}
     model = openvino_genai.LLMPipeline(file, "CPU", INFERENCE_NUM_THREADS=threads, **save)
     config = openvino_genai.GenerationConfig()
     config.ignore_eos, config.do_sample = True, False
-    def run(ids, count):
+    def run(prompts, count):
         config.max_new_tokens = count
-        model.generate(openvino.Tensor(numpy.array([ids], dtype=numpy.int64)), config)
-run([1, 2, 3], 1)
+        ids = numpy.array(prompts, dtype=numpy.int64)
+        inputs = [openvino.Tensor(part) for part in (ids, numpy.ones_like(ids))]
+        model.generate(openvino_genai.TokenizedInputs(*inputs), config)
+run([[1, 2, 3]] * batch, 1)
 print(json.dumps(time.perf_counter() - start), flush=True)
 for line in sys.stdin:
-    ids, count = json.loads(line)
+    prompts, count = json.loads(line)
     start = time.perf_counter()
-    run(ids, count)
+    run(prompts, count)
     print(json.dumps(time.perf_counter() - start), flush=True)
 """
 _LOAD = """
@@ -79,8 +82,10 @@ session = runtime.lower(load(sys.argv[1])[0], context_tokens=512, beside=Path(sy
 session.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, attention_mask=torch.ones(1, 3))
 print(time.perf_counter() - start)
 """
-Run = Callable[[list[int], int], float]
-"""Seconds that a contestant takes for a prompt and so many new tokens."""
+Run = Callable[[list[list[int]], int], float]
+"""Seconds that a contestant takes for a batch of prompts and so many new tokens of each."""
+APART = 37
+"""Tokens between the beginnings of a batch's prompts."""
 
 
 def main() -> None:
@@ -98,7 +103,7 @@ def measure(scratch: Path) -> None:
     parser.add_argument("--text", default="pipelines/text/instructions.jsonl")
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 2048])
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=1, help="sequences at once; peers take part at 1")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once; llama.cpp takes part at 1")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="of every contestant; default: one a core")
     parser.add_argument("--activation-bits", type=int, default=16, choices=(8, 16))
@@ -118,20 +123,20 @@ def measure(scratch: Path) -> None:
     load_s = {"native": median(_load_s(given.model) for _ in range(LOADS))}
     threads = given.threads or runtime.doctor()["cores"]
     torch.set_num_threads(threads)
-    contestants = _ours(session, given.batch, given.dtype)
+    contestants = _ours(session, given.dtype)
     absent: dict[str, str] = {}
-    for name in PEERS if given.batch == 1 else ():
+    for name in PEERS:
         try:
-            contestants[name], load_s[name] = _loaded(given.peers, name, given.gguf, threads, scratch)
+            contestants[name], load_s[name] = _loaded(given.peers, name, given.gguf, threads, given.batch, scratch)
         except RuntimeError as error:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
     bandwidth = extension().read_bandwidth(threads, 512, 9)
-    text = _tokens(given.text, tokenizer, max(given.prompts) + 2 * given.runs + 2)
+    text = _tokens(given.text, tokenizer, max(given.prompts) + 2 * given.runs + 2 + APART * given.batch)
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a") as out:
         for length in given.prompts:
-            rows = _measure(contestants, text, length, given.new_tokens, given.runs)
+            rows = _measure(contestants, text, length, given.new_tokens, given.batch, given.runs)
             for row in rows:
                 read = session.bytes_per_token if row["contestant"] == "native" else None
                 rate = row["decode_tokens_per_s"]
@@ -142,7 +147,7 @@ def measure(scratch: Path) -> None:
                     "load_s": load_s.get(row["contestant"]),
                     "read_bytes_per_s": bandwidth,
                     "weight_bytes_per_token": read,
-                    "roofline_share": rate * read / bandwidth if read else None,
+                    "roofline_share": rate / given.batch * read / bandwidth if read else None,
                     "kernels": session.kernels,
                     "activation_bits": given.activation_bits,
                     "model": Path(given.model).name,
@@ -154,13 +159,13 @@ def measure(scratch: Path) -> None:
             out.write(json.dumps({"benchmark": "decode", "contestant": name, "missing": reason}) + "\n")
 
 
-def _ours(session: runtime.Session, batch: int, dtype: str) -> dict[str, Run]:
+def _ours(session: runtime.Session, dtype: str) -> dict[str, Run]:
     """The session at its budgets, and transformers with the model that was compressed."""
     model = session.model
 
     def call(generate: Callable[..., Any], budget: float, **settings: Any) -> Run:
-        def run(ids: list[int], count: int) -> float:
-            prompt = torch.tensor([ids]).expand(batch, -1)
+        def run(prompts: list[list[int]], count: int) -> float:
+            prompt = torch.tensor(prompts)
             given = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # no end token: all have a length
             with g.budget(model, budget) if is_gated(model) else torch.no_grad():
                 start = time.perf_counter()
@@ -173,7 +178,7 @@ def _ours(session: runtime.Session, batch: int, dtype: str) -> dict[str, Run]:
     if is_gated(model):
         floor = dial_of(model).floor
         found |= {f"native, budget {b}": call(session.generate, b) for b in BUDGETS if b >= floor}
-    if batch == 1:
+    if session.rows == 1:
         found["native, speculative"] = call(session.generate, 1.0, speculate=True, acceptance=Acceptance())
     original = g.load(model.gateskip.original["source"], dtype=dtype)[0]
     found[f"transformers, {dtype}"] = call(original.generate, 1.0)
@@ -186,7 +191,7 @@ def _load_s(model: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _loaded(python: str, name: str, file: Path, threads: int, scratch: Path) -> tuple[Run, float]:
+def _loaded(python: str, name: str, file: Path, threads: int, batch: int, scratch: Path) -> tuple[Run, float]:
     """A peer, and the median of its load seconds; OpenVINO's converted model is made first.
 
     Raises:
@@ -194,20 +199,20 @@ def _loaded(python: str, name: str, file: Path, threads: int, scratch: Path) -> 
     """
     if name.endswith("converted"):
         shutil.copy(file, scratch / file.name)
-        _peer(python, name, scratch / file.name, threads, "save")
+        _peer(python, name, scratch / file.name, threads, batch, "save")
         file = scratch
-    seconds = [_peer(python, name, file, threads)[1] for _ in range(LOADS - 1)]
-    run, last = _peer(python, name, file, threads)
+    seconds = [_peer(python, name, file, threads, batch)[1] for _ in range(LOADS - 1)]
+    run, last = _peer(python, name, file, threads, batch)
     return run, median([*seconds, last])
 
 
-def _peer(python: str, name: str, file: Path, threads: int, *more: str) -> tuple[Run, float]:
+def _peer(python: str, name: str, file: Path, threads: int, batch: int, *more: str) -> tuple[Run, float]:
     """A peer in a process of its own, and its load seconds.
 
     Raises:
         RuntimeError: it does not start; says why.
     """
-    command, pipe = [python, "-c", _SERVE, name, str(file), str(threads), *more], subprocess.PIPE
+    command, pipe = [python, "-c", _SERVE, name, str(file), str(threads), str(batch), *more], subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -223,8 +228,8 @@ def _peer(python: str, name: str, file: Path, threads: int, *more: str) -> tuple
         last = errors.read().strip().splitlines() or ["it stopped"]
         raise RuntimeError(f"{python}: {last[-1]}")
 
-    def run(ids: list[int], count: int) -> float:
-        into.write(json.dumps([ids, count]) + "\n")
+    def run(prompts: list[list[int]], count: int) -> float:
+        into.write(json.dumps([prompts, count]) + "\n")
         into.flush()
         return answer()
 
@@ -235,21 +240,25 @@ def _tokens(text: str, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of a text, again from the start where it is too short."""
     from gateskip_compress.text import windows
 
-    found = windows(text, tokenizer, 256, count)
+    found = windows(text, tokenizer, min(256, count), count)
     ids = found.flatten().tolist()
     return (ids * (count // len(ids) + 1))[:count]
 
 
 def _measure(
-    contestants: dict[str, Run], text: list[int], length: int, new_tokens: int, runs: int
+    contestants: dict[str, Run], text: list[int], length: int, new_tokens: int, batch: int, runs: int
 ) -> list[dict[str, Any]]:
     """Turn by turn; a first turn warms up. Each prompt begins elsewhere: OpenVINO remembers those it has read."""
+
+    def prompts(first: int) -> list[list[int]]:
+        return [text[first + row * APART :][:length] for row in range(batch)]
+
     prefill: dict[str, list[float]] = {name: [] for name in contestants}
     decode: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(runs + 1):
         for name, run in contestants.items():
-            first = run(text[2 * turn :][:length], 1)
-            whole = run(text[2 * turn + 1 :][:length], new_tokens + 1)
+            first = run(prompts(2 * turn), 1)
+            whole = run(prompts(2 * turn + 1), new_tokens + 1)
             if turn > 0:
                 prefill[name].append(first)
                 decode[name].append(max(whole - first, 1e-9))
@@ -258,8 +267,8 @@ def _measure(
             "benchmark": "decode",
             "contestant": name,
             "missing": None,
-            "prefill_tokens_per_s": length / median(prefill[name]),
-            "decode_tokens_per_s": new_tokens / median(decode[name]),
+            "prefill_tokens_per_s": batch * length / median(prefill[name]),
+            "decode_tokens_per_s": batch * new_tokens / median(decode[name]),
             "prefill_speedup_of_native": median(a / b for a, b in zip(prefill[name], prefill["native"], strict=True)),
             "decode_speedup_of_native": median(a / b for a, b in zip(decode[name], decode["native"], strict=True)),
             "prefill_s": prefill[name],
