@@ -47,12 +47,10 @@ class Rival:
     Args:
         process: It.
         ends: Our end of the connection.
-        why_not: What keeps the native runtime from its model, once that is loaded.
     """
 
     def __init__(self, process: Any, ends: Connection) -> None:
         self.process, self.ends = process, ends
-        self.why_not: str | None = None
 
     def ask(self, *question: Any) -> Any:
         """Send a request and wait for what comes of it.
@@ -61,8 +59,19 @@ class Rival:
             ValueError: the model refuses it, with the reason.
             ProcessFailed: the process ended, or an error ended it.
         """
+        self.begin(*question)
+        return self.answer()
+
+    def begin(self, *question: Any) -> None:
+        """Send a request, whose answer must be taken before the next: so two processes work side by side."""
         try:
             self.ends.send(question)
+        except OSError:
+            raise ended(self.process) from None
+
+    def answer(self) -> Any:
+        """What came of a request; raises as `ask` does."""
+        try:
             kind, answer = self.ends.recv()
         except (EOFError, OSError):
             raise ended(self.process) from None
@@ -75,11 +84,11 @@ class Rival:
 
 @contextmanager
 def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
-    """A process with a model loaded; ended with the `with`."""
+    """A process that is at loading a model; what keeps the native runtime from it is its first answer."""
     process, ends = fresh_process(_serve, subject, timing)
     try:
         found = Rival(process, ends)
-        found.why_not = found.ask("load")
+        found.begin("load")
         yield found
     finally:
         stop(process)
@@ -88,16 +97,19 @@ def rival(subject: Subject, timing: Timing) -> Iterator[Rival]:
 def time_pair(cell: Rival, original: Rival, timing: Timing, prompts: Prompts) -> Row:
     """Samples of every size, cell and original in turn, and the cell's memory; a size that is refused says why.
 
-    Both read a passage, then both the next: what gates skip and drafts gain depends on the text.
+    They load side by side, and are timed in turn. Both read a passage, then both the next: what gates skip and drafts
+    gain depends on the text.
 
     Raises:
         ValueError: the native runtime was asked for, and cannot run one of them.
     """
-    why_not = cell.why_not or original.why_not
+    why_not = next((said for said in [cell.answer(), original.answer()] if said is not None), None)
     if timing.runtime == "native" and why_not is not None:
         raise ValueError(why_not)
     native = timing.runtime != "torch" and why_not is None
-    runtime, _ = (who.ask("take", native) for who in (cell, original))
+    for who in (cell, original):
+        who.begin("take", native)
+    runtime, _ = [who.answer() for who in (cell, original)]
     sizes = []
     for (batch, prompt_tokens), passages in zip(timing.sizes, prompts, strict=True):
         size: Row = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": timing.new_tokens}
