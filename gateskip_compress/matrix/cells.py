@@ -22,6 +22,8 @@ from ..tasks import TASKS
 from ..transforms import build
 from .spec import Spec, Step
 
+TIMED = 1
+"""Of what a timed row says; raised, cells of older folders are timed anew."""
 FORMAT = 3
 """Of a results folder; goes up when old rows would be read wrongly."""
 Kind = Literal["original", "stack", "baseline", "order"]
@@ -117,7 +119,7 @@ def quality_settings(spec: Spec) -> str:
 
 def timing_settings(spec: Spec) -> str:
     """Hash of all that a timing depends on beside the node and the machine."""
-    return digest([spec.timing and spec.timing.model_dump(), _told(spec.evaluation)])
+    return digest([TIMED, spec.timing and spec.timing.model_dump(), _told(spec.evaluation)])
 
 
 def digest(value: Any) -> str:
