@@ -344,7 +344,7 @@ def matrix(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Measure many stacks against the original, and report which to take."""
+    """Measure many stacks against the original, and report which to take; exit code 1 if a cell failed."""
     from .matrix.run import run_matrix
     from .matrix.spec import read_spec
 
@@ -355,6 +355,8 @@ def matrix(
             checked, out, workers=workers, ray_address=ray, goals=goal or [], command=command, track=track
         )
     _tell(report, out, as_json)
+    if report["counts"]["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from tiny_models import tiny, tiny_tokenizer, tokens
 import gateskip_compress as g
 from gateskip_compress.fresh import ProcessFailed, fresh_rows, fresh_value
 from gateskip_compress.matrix import run
-from gateskip_compress.matrix.run import Matrix, run_matrix
+from gateskip_compress.matrix.run import Matrix, report_matrix, run_matrix
 from gateskip_compress.matrix.search import search
 from gateskip_compress.matrix.spec import Timing, read_spec
 from gateskip_compress.matrix.store import opened, read_rows
@@ -216,6 +216,21 @@ def test_a_lost_job_takes_only_what_stands_on_it(place, tmp_path):
     assert [len(job.node.steps) for job in jobs] == [0, 1, 1]
     again = Matrix(spec, out)
     assert [again.nodes[key].steps[-1][0] for key in again.nodes_to_do] == ["prune", "quantize"]  # failed: tried again
+
+
+@pytest.mark.parametrize(("status", "code"), [("done", 0), ("refused", 0), ("failed", 1)])
+def test_the_exit_code_says_whether_a_cell_failed(place, tmp_path, monkeypatch, call, status, code):
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", place / "out", out], check=True)
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if row["part"] == "quality" and row["status"] == "done")
+    last |= {} if status == "done" else {"status": status, "reason": "for this test"}
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # as a run would that ends so; a run of its own would measure the cell again
+    monkeypatch.setattr("gateskip_compress.matrix.run.run_matrix", lambda _, out, **__: report_matrix(out))
+    found, said, _ = call("matrix", place / "matrix.yaml", "--out", out)
+    assert found == code
+    assert ("1 failed" in said) == (status == "failed")
 
 
 def _is_killed():
