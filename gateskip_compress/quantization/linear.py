@@ -44,11 +44,11 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         groups = -(-in_features // group_size)
-        self.codes = nn.Buffer(torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
-        self.scale = nn.Buffer(torch.zeros(out_features, groups, dtype=dtype))
-        self.levels = nn.Buffer(torch.zeros(2**bits, dtype=dtype)) if tabled else None
-        self.zero = None if symmetric or tabled else nn.Buffer(torch.zeros(out_features, groups, dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.codes = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
+        self.scale = nn.Buffer(torch.empty(out_features, groups, dtype=dtype))
+        self.levels = nn.Buffer(torch.empty(2**bits, dtype=dtype)) if tabled else None
+        self.zero = None if symmetric or tabled else nn.Buffer(torch.empty(out_features, groups, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self._held: Tensor | None = None
 
     @classmethod
