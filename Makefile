@@ -15,7 +15,7 @@ test: $(VENV)/.developed
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/python -m pytest -n auto -m "not slow and not gpu"
 
-# A few cells of the benchmark matrix: some five minutes on two cores.
+# A few cells of the benchmark matrix, in minutes; fails where a cell does. CI runs it after the tests.
 smoke: $(VENV)/.installed
 	$(VENV)/bin/gateskip matrix benchmarks/smoke-matrix.yaml --out runs/smoke
 
