@@ -404,6 +404,7 @@ def test_two_nodes_of_a_ray_cluster_do_the_same(place, tmp_path):
 def test_a_search_finds_what_meets_the_goal_and_goes_on(tmp_path, call):
     pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'gateskip-compress[search]'")
     ranges = {"prune": {"blocks": [1, 2]}, "quantize": {"bits": {"of": [4, 8]}, "group_size": {"of": [32]}}}
+    ranges["quantize"]["bits_of"] = {"of": [{"embed": 8}]}
     path = matrix_file(tmp_path, search={"ranges": ranges}, timing=None)
     flags = ("--goal", "disk_share <= 0.4 and perplexity_ratio <= 1.5", "--out", tmp_path / "out", "--json")
     for trials in (3, 8):

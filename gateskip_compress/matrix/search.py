@@ -126,7 +126,9 @@ def _suggest(trial: Any, ranges: dict[str, dict[str, Any]]) -> list[Step]:
         fields = {}
         for field, given in ranges[part].items():
             name = f"{part}.{field}"
-            if isinstance(given, dict):
+            if isinstance(given, dict) and len(given["of"]) == 1:
+                (fields[field],) = given["of"]
+            elif isinstance(given, dict):
                 fields[field] = trial.suggest_categorical(name, given["of"])
             elif all(isinstance(end, int) for end in given):
                 fields[field] = trial.suggest_int(name, *given)
@@ -142,7 +144,12 @@ def _steps(spec: Spec, params: dict[str, Any]) -> list[Step]:
     parts = sorted(spec.search.ranges, key=lambda part: transform_named(part).stage)
     found = [part for part in parts if params[part]]
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in params.items()}
-    return [(part, {field: rounded[f"{part}.{field}"] for field in spec.search.ranges[part]}) for part in found]
+
+    def chosen(part: str, field: str, given: Any) -> Any:
+        return given["of"][0] if f"{part}.{field}" not in rounded else rounded[f"{part}.{field}"]
+
+    ranges = spec.search.ranges
+    return [(part, {field: chosen(part, field, given) for field, given in ranges[part].items()}) for part in found]
 
 
 def _check_range(where: str, given: Any) -> None:
