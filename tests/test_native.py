@@ -450,6 +450,17 @@ def test_a_released_model_decodes_in_its_session_alone(how, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_refused_keeps_its_weights():
+    few = g.Quantize(solver="nf4", bits_of={"layers.0.": 16})
+    model, ids, told = compress(tiny(hidden_size=64), few), tokens(1, 9), []
+    before = torch_logits(model, ids[0])
+    assert choose_runtime(model, "auto", 64, told.append, release=True) is None
+    assert "NF4 and FP4" in told[0]
+    with pytest.raises(ValueError, match="threads 99"):
+        lower(tiny(), threads=99, release=True)
+    assert torch.equal(torch_logits(model, ids[0]), before)
+
+
 def test_a_window_that_the_context_does_not_reach_makes_no_difference():
     model, ids = tiny("mistral, sliding"), tokens(1, 16)[0]
     found = logits_of(lower(model, **{**EXACT, "context_tokens": 16}), ids).logits

@@ -59,7 +59,7 @@ def lower(
         kernels: Of `kernel_names()`; None is the fastest that fits.
         beside: The checkpoint that the model was loaded from and still equals: packed weights are kept there, and
             mapped the next time. None packs into memory.
-        release: Free the model's matrices as they are packed, for about half the memory: from then on the session
+        release: Free the model's matrices once they are packed, for about half the memory: from then on the session
             alone runs it, and the model itself refuses to run or to be saved. False leaves the model as it is.
 
     Raises:
@@ -76,18 +76,17 @@ def lower(
     if context_tokens < 1 or rows < 1:
         raise ValueError(f"context_tokens {context_tokens} and rows {rows} must be at least 1")
     check_choice("activation_bits", activation_bits, (8, 16))
+    used = _checked_threads(threads)
     shape = _shape(native.Shape(), model, context_tokens, rows)
     shape.half_cache, shape.fine = cache == "f16", activation_bits == 16
     fitting = _fitting(native, kernels, shape.head_dim)
     file = PackedFile() if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
     pack = Packer(fitting, floats, file)
-    layers = []
-    for index, block in enumerate(blocks(model)):
-        layers.append(pack.layer(index, block, _copies(block)))
-        if release:
-            free(block)
+    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
     shape.inner = pack.widest
-    if release:
+    if release:  # not before: a block may still be refused, and torch then runs the model
+        for block in blocks(model):
+            free(block)
         own_what_is_left(model)
     output = pack.head(model.get_output_embeddings(), head)
     embedding = pack.embedding(model.get_input_embeddings(), model.get_output_embeddings(), output)
@@ -96,7 +95,7 @@ def lower(
     shape.rotated = cos.shape[1]
     rounded = head == "int8" and not is_coded(model.get_output_embeddings())
     exact = table(model.get_output_embeddings()) if rounded else None
-    built = native.Model(shape, pack.kernels, _checked_threads(threads))
+    built = native.Model(shape, pack.kernels, used)
     norm = model.model.norm.weight
     built.finish(layers, vector(norm), output, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
     if release:
