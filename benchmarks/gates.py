@@ -67,7 +67,7 @@ QUESTIONS = "questions"
 """The text of rows that have accuracies."""
 BESIDE = 0.05
 """How far calibration goes beyond the budgets that are measured: between two settings a budget is met closely."""
-DISTILLED = g.Training(steps=90, batch=4, cross_entropy=0.3)
+DISTILLED = g.Training(steps=68, batch=4, cross_entropy=0.3)
 PAPER = g.GateSkip(
     budget=0.75,
     kind="vector",
