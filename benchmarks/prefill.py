@@ -6,7 +6,8 @@ running, less the logits that this pass does not compute. One JSON object a vari
 
     python benchmarks/prefill.py runs/demo/steps/2-gateskip --text FILE --out benchmarks/results/prefill.jsonl
 
-With --saved 0.25 it is a quarter of the multiply-adds, net, instead of half of the branch executions.
+With --saved 0.25 it is a quarter of the multiply-adds, net, instead of half of the branch executions. With --native
+the native runtime runs the prompt, which has no masked path.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from gateskip_compress.gating.calibrate import everywhere, floor, observe, thres
 from gateskip_compress.gating.dial import RUN_ALL, dial_of
 from gateskip_compress.macs import head_macs
 from gateskip_compress.measure import environment
+from gateskip_compress.runtime import lower
 from gateskip_compress.text import windows
 
 
@@ -31,11 +33,12 @@ from gateskip_compress.text import windows
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of a gated checkpoint, not quantized")
+    parser.add_argument("model", help="folder of a gated checkpoint; without --native, not a quantized one")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--skipped", type=float, help="share of branch executions that are skipped; default 0.5")
     parser.add_argument("--saved", type=float, help="instead: share of the prompt's multiply-adds that are saved, net")
+    parser.add_argument("--native", action="store_true", help="time the native runtime instead of torch")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -63,6 +66,18 @@ def main() -> None:
         "masked": (thresholds, lambda: g.masked(model)),
         "compact": (thresholds, nullcontext),
     }
+    if given.native:
+        del variants["masked"]
+        session = lower(model, context_tokens=given.tokens)
+        prompt = ids[0].numpy()
+
+        def timed() -> None:
+            session.prefill(prompt, 0)
+    else:
+
+        def timed() -> None:
+            model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+
     samples: dict[str, list[float]] = {name: [] for name in variants}
     macs: dict[str, int] = {}
     for run in range(given.runs + 1):
@@ -72,7 +87,7 @@ def main() -> None:
                 if run == 0:  # the warm-up counts
                     macs[name] = g.count_macs(model, ids) - (given.tokens - 1) * head_macs(model)
                 began = time.perf_counter()
-                model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+                timed()
                 if run > 0:
                     samples[name].append(time.perf_counter() - began)
     given.out.parent.mkdir(exist_ok=True)
@@ -83,6 +98,7 @@ def main() -> None:
                 "variant": name,
                 "tokens": given.tokens,
                 "batch": 1,
+                "runtime": "native" if given.native else "torch",
                 "model": Path(given.model).name,
                 "executed_share": 1.0 if name == "ungated" else kept,
                 "median_s": median(seconds),

@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
 from gateskip_compress.formats import export
-from gateskip_compress.model import blocks, linears
+from gateskip_compress.gram import add_gram, mirrored
+from gateskip_compress.model import FAMILIES, blocks, linears, walk
 from gateskip_compress.pipeline import apply
 from gateskip_compress.precision import quick_products
 from gateskip_compress.quantization.allocate import allocate_bits
 from gateskip_compress.quantization.gptq import gptq, output_error
 from gateskip_compress.quantization.groups import dequantize, pack, quantize, unpack
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
+from gateskip_compress.quantization.transform import _block_of, _inputs
 from gateskip_compress.step import Context
 from gateskip_compress.transforms import build
 
@@ -182,6 +184,48 @@ def test_gptq_of_dead_and_of_dependent_inputs():
     assert torch.equal(codes.codes[:, 7].float(), column.clamp(0, 15))
     with pytest.raises(ValueError, match="Hessian has NaN"):
         gptq(weight, torch.full((96, 96), torch.nan), 4, 32, symmetric=True)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 9), width=st.integers(1, 500), seed=st.integers(0, 99))
+def test_a_gram_is_the_product(rows, width, seed):
+    first, second = torch.randn(2, rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    total = torch.zeros(width, width, dtype=torch.float64)
+    add_gram(total, first)
+    add_gram(total, second)
+    torch.testing.assert_close(mirrored(total), first.T @ first + second.T @ second)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_plain_block_is_run_as_far_as_it_is_read(family):
+    model = tiny(family)
+    found, whole = {n: m for n, m in linears(model).items() if _block_of(n) == 0}, {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _m, args, name=name: whole.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+        for name in found
+    ]
+    read = {}
+
+    def visit(index, run):
+        if index == 0:
+            with _inputs(model, index, found) as seen:
+                run()
+            read.update(seen)
+
+    with torch.no_grad():
+        model(CALIBRATION)
+        for handle in handles:
+            handle.remove()
+        walk(model, CALIBRATION, visit, lambda steps, *_: steps)
+    for name, inputs in read.items():
+        assert inputs.tokens == CALIBRATION.numel(), name
+        if name in whole:  # keys and values out of a fused matrix are no call of it
+            x = torch.cat(whole[name])
+            torch.testing.assert_close(
+                inputs.hessian, x.T @ x, atol=1e-5 * float(x.square().sum()) / len(inputs.hessian), rtol=1e-4
+            )
 
 
 def test_hessians_are_of_the_tokens_that_run():

@@ -25,6 +25,7 @@ from .family import Branch as Branch
 from .family import Family as Family
 from .gradients import watch_gradients as watch_gradients
 from .removed import NoMlp as NoMlp
+from .walk import Enough as Enough
 from .walk import entering as entering
 from .walk import resumed as resumed
 from .walk import walk as walk

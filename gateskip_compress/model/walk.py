@@ -4,7 +4,7 @@ And passes from a block on, for those that ask again and again what later blocks
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ Visit = Callable[[int, Callable[[], None]], None]
 """Gets a block's index, and what runs the block over all windows; may change the block."""
 
 
-class _Enough(Exception):
-    """Ends a forward pass at the first block."""
+class Enough(Exception):
+    """Raised by a hook that has seen what it was for: ends the pass that called it, of one window through a block."""
 
 
 @torch.no_grad()  # not inference mode: parameters that a visit makes may be trained later
@@ -32,7 +32,7 @@ def walk(
     Args:
         model: At the budget it is set to; without a cache.
         windows: One length, so that masks and positions are the same for all.
-        visit: Called for the first block first.
+        visit: Called for the first block first. What it is given to run may be cut short by hooks, see `Enough`.
         track: As in `Context`.
     """
     given = _arguments(model, windows[:1])
@@ -51,7 +51,8 @@ def walk(
 
         def run(block: nn.Module = block, index: int = index) -> None:
             for at in range(len(windows)):
-                run_one(block, index, at)
+                with suppress(Enough):
+                    run_one(block, index, at)
 
         visit(index, run)
         for at in range(len(windows)):
@@ -134,12 +135,12 @@ def _embedded(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> Tensor:
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_stream(args, kwargs))
-        raise _Enough
+        raise Enough
 
     handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(window.to(model.device), use_cache=False, logits_to_keep=1)
-    except _Enough:
+    except Enough:
         pass
     finally:
         handle.remove()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model import BRANCH_KINDS, Kept, blocks, branch_width, branches, narrow, out_projection, walk
+from ..gram import add_gram, mirrored
+from ..model import BRANCH_KINDS, Enough, Kept, blocks, branch_width, branches, narrow, out_projection, walk
 from ..precision import exact_products
 from ..step import Context
 from .moments import damped, refitted, weighed
@@ -59,7 +60,8 @@ def narrow_and_refit(model: PreTrainedModel, kept: Kept, context: Context) -> di
 def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> Iterator[list[Tensor]]:
     """Weighed second moments of what an output projection reads inside the `with`."""
     branch = branches(model)[BRANCH_KINDS.index(kind)]
-    block, seen = blocks(model)[layer], [torch.zeros((), device=out.weight.device)]
+    block, inputs = blocks(model)[layer], out.in_features
+    seen = [torch.zeros(inputs, inputs, device=out.weight.device)]
     held: dict[str, Tensor] = {}
 
     def hold_stream(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +74,8 @@ def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> I
         after = held["stream"] + (y[0] if isinstance(y, tuple) else y)
         x = weighed(held["x"][0].float(), after[0].float().norm(dim=-1, keepdim=True))
         with exact_products():
-            seen[0] = seen[0] + x.T @ x
+            add_gram(seen[0], x)
+        raise Enough
 
     # where no norm comes before the branch, it reads the stream itself
     entry = getattr(block, branch.norm) if branch.norm is not None else getattr(block, branch.body[0])
@@ -86,3 +89,4 @@ def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> I
     finally:
         for handle in handles:
             handle.remove()
+        seen[0] = mirrored(seen[0])

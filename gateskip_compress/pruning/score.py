@@ -34,6 +34,7 @@ from ..elimination import eliminate
 from ..folders import write_whole
 from ..gating.calibrate import everywhere, observe
 from ..gating.dial import RUN_ALL, dial_of
+from ..gram import add_gram, mirrored
 from ..macs import branch_costs
 from ..model import (
     BRANCH_KINDS,
@@ -105,7 +106,9 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
     """By the Fisher matrix; its labels are the text's own, which for text that the model wrote is no approximation."""
     keys, names = present(model), {id(linear): name for name, linear in linears(model).items()}
     at = {names[id(out_projection(model, *key))]: key for key in keys}
-    xx, gg = dict.fromkeys(keys, torch.zeros(())), dict.fromkeys(keys, torch.zeros(()))
+    outs = {key: linear for key in keys if (linear := out_projection(model, *key)) is not None}
+    xx = {key: linear.weight.new_zeros(2 * (linear.in_features,), dtype=torch.float32) for key, linear in outs.items()}
+    gg = {key: linear.weight.new_zeros(2 * (linear.out_features,), dtype=torch.float32) for key, linear in outs.items()}
     lengths: dict[Key, Tensor] = {}
 
     def see_stream(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
@@ -117,20 +120,20 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
         length = lengths[key]
         inner, outer = weighed(x[0].float(), length), gradient[0].float()[1:] * length[1:]
         with exact_products():
-            xx[key], gg[key] = xx[key] + inner.T @ inner, gg[key] + outer.T @ outer
+            add_gram(xx[key], inner)
+            add_gram(gg[key], outer)
 
     with watch_gradients(model, at, see), watch(model, see_stream):
         for window in context.track(list(windows), "score by curvature"):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             F.cross_entropy(logits, window[1:], reduction="sum").backward()
     found = {}
-    for key in context.track(keys, "eliminate"):
-        linear, width = out_projection(model, *key), branch_width(model, *key)
-        assert linear is not None
-        values, vectors = torch.linalg.eigh(gg.pop(key).double() / windows.numel())
+    for key, linear in context.track(list(outs.items()), "eliminate"):
+        width = branch_width(model, *key)
+        values, vectors = torch.linalg.eigh(mirrored(gg.pop(key)).double() / windows.numel())
         root = (values.clamp_min(0) / 2).sqrt()[:, None] * vectors.T
         gone = eliminate(
-            damped(xx.pop(key) / windows.numel(), windows.numel()),
+            damped(mirrored(xx.pop(key)) / windows.numel(), windows.numel()),
             root @ linear.weight.detach().double(),
             group=width.inputs,
             share=_TOGETHER,

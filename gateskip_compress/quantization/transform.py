@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
-from ..model import blocks, family_of, linears, surrogate_linears, vocabulary, walk
+from ..gram import add_gram, mirrored
+from ..model import Enough, blocks, family_of, linears, surrogate_linears, vocabulary, walk
 from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import allocate_bits
@@ -240,7 +241,7 @@ class _Inputs:
 
 
 class _Moments:
-    """Second moments of a call's inputs, computed once for projections that share them."""
+    """Second moments of a call's inputs (see `gram.py`), computed once for projections that share them."""
 
     def __init__(self) -> None:
         self.of: Tensor | None = None
@@ -250,7 +251,8 @@ class _Moments:
         """To what a projection has seen so far, in place."""
         rows = x.flatten(0, -2).float()
         if x is not self.of:
-            self.of, self.last = x, rows.T @ rows
+            self.of, self.last = x, torch.zeros_like(inputs.hessian)
+            add_gram(self.last, rows)
         inputs.hessian += self.last
         inputs.tokens += len(rows)
 
@@ -268,11 +270,20 @@ def _inputs(model: PreTrainedModel, index: int, found: dict[str, nn.Linear]) -> 
         else:
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(lambda _m, args, to=inputs: moments.add(to, args[0])))
+    if seen and not hasattr(blocks(model)[index], "gates"):  # a plain block's last projection is the last to read
+        last = [name for name in linears(model) if _block_of(name) == index][-1]
+        handles.append(model.get_submodule(last).register_forward_pre_hook(_enough))
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+        for inputs in seen.values():
+            inputs.hessian = mirrored(inputs.hessian)
+
+
+def _enough(_module: nn.Module, _args: object) -> None:
+    raise Enough
 
 
 def _parts(weight: GroupWeight) -> tuple[Tensor, Tensor, Tensor]:
