@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--recover-minutes", type=float, default=0.0)
     parser.add_argument("--recover", default="all", help="what is trained: lora, norms or all")
     parser.add_argument("--rate", type=float, help="learning rate of the recovery, instead of its default")
+    parser.add_argument("--cross-entropy", type=float, default=0.0, help="its weight in the recovery")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds")
     parser.add_argument("--cache", type=Path, help="folder that keeps scores for the next run; default: none does")
     parser.add_argument("--out", type=Path, required=True)
@@ -70,7 +71,7 @@ def main() -> None:
     texts |= {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out, original, texts, given.runs)
-    rows("original", None, original, 0.0, 0.0)
+    rows("original", None, original, 0.0)
     with tempfile.TemporaryDirectory() as passing:
         cache = given.cache or Path(passing)
         cache.mkdir(parents=True, exist_ok=True)
@@ -79,12 +80,13 @@ def main() -> None:
         for share in given.shares:
             for method in given.methods:
                 model, seconds = cut(original, tokenizer, METHODS[method], share, context)
-                rows(method, share, model, seconds, 0.0)
+                rows(method, share, model, seconds)
                 if given.recover_minutes:
-                    step = paced(model, g.Recover(what=given.recover, rate=given.rate), given.recover_minutes, context)
+                    step = g.Recover(what=given.recover, rate=given.rate, cross_entropy=given.cross_entropy)
+                    step = paced(model, step, given.recover_minutes, context)
                     began = time.perf_counter()
                     apply(step, model, context)
-                    rows(method, share, model, seconds, time.perf_counter() - began)
+                    rows(method, share, model, seconds, step, time.perf_counter() - began)
 
 
 def cut(
@@ -116,7 +118,13 @@ class Rows:
         self.first: dict[str, float] = {}
 
     def __call__(
-        self, method: str, share: float | None, model: PreTrainedModel, seconds: float, recovery_s: float
+        self,
+        method: str,
+        share: float | None,
+        model: PreTrainedModel,
+        seconds: float,
+        recovery: g.Recover | None = None,
+        recovery_s: float = 0.0,
     ) -> None:
         """Measure a model."""
         perplexity = {name: g.evaluate(model, text).perplexity for name, text in self.texts.items()}
@@ -133,6 +141,7 @@ class Rows:
             "perplexity": perplexity,
             "perplexity_ratio": ratios,
             "seconds": seconds,
+            "recovery": None if recovery is None else asdict(recovery),
             "recovery_s": recovery_s,
             "disk_bytes": disk,
             **speed,

@@ -1,6 +1,10 @@
 """The Recover step: after any other, learn from the original model what that step lost.
 
-    loss = KL(original ‖ model)    per scored token, the model as it will run: gates at the budget it is set to
+    loss = KL(original ‖ model) + cross_entropy · CE
+
+per scored token, the model as it will run: gates at the budget it is set to. CE is that of the text's own next tokens;
+with some of it the model also learns what the original does not know of texts like these, and it is then better on
+them, but no nearer to the original on others.
 
 `all` trains every weight; `lora` adapters of the blocks' projections, which are added to them in the end; `norms` only
 norms, biases, and what gates scale and replace branches by: little memory, and the only one that may follow Quantize,
@@ -19,7 +23,7 @@ from transformers import PreTrainedModel
 from .adapters import add_adapters, merge_adapters
 from .errors import PipelineError
 from .gating.gate import Gate
-from .losses import kl_divergence
+from .losses import cross_entropy, kl_divergence
 from .names import check_choice
 from .quantization.linear import QuantizedLinear, unpacked
 from .step import Context, Record, Stage
@@ -40,6 +44,7 @@ class Recover:
         what: `lora`, `norms` or `all`.
         batch: Passages a step, on each process.
         rate: Learning rate; None is that of `RATES`.
+        cross_entropy: Weight of the text's own next tokens, beside 1 for the distance from the original.
 
     Raises:
         ValueError: A field is out of its range.
@@ -54,6 +59,7 @@ class Recover:
     what: What = "lora"
     batch: int = 4
     rate: float | None = None
+    cross_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("what", self.what, get_args(What))
@@ -62,6 +68,8 @@ class Recover:
                 raise ValueError(f"{field} {value} must be at least 1")
         if self.rate is not None and self.rate <= 0:
             raise ValueError(f"rate {self.rate} must be above 0")
+        if self.cross_entropy < 0:
+            raise ValueError(f"cross_entropy {self.cross_entropy} must not be negative")
 
     def apply(self, model: PreTrainedModel, context: Context) -> Record:
         """Train in place; the record has the curve of the loss."""
@@ -79,7 +87,10 @@ class Recover:
             with torch.no_grad():
                 reference = scored_logits(original, batch)
             logits = scored_logits(model, batch)
-            return kl_divergence(reference, logits).sum(), len(logits)
+            total = kl_divergence(reference, logits).sum()
+            if self.cross_entropy > 0:
+                total = total + self.cross_entropy * cross_entropy(logits, batch.ids[batch.scored]).sum()
+            return total, len(logits)
 
         if self.what == "lora":
             add_adapters(model, context.seed)

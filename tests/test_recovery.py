@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import CALIBRATION, compress, tiny, tiny_tokenizer
 
 import gateskip_compress as g
@@ -90,7 +91,22 @@ def test_an_interrupted_recovery_goes_on(tmp_path):
     torch.testing.assert_close(pruned(CALIBRATION).logits, whole(CALIBRATION).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_texts_own_tokens_count_as_asked():
+    pruned = compress(tiny(), NARROW)
+    with torch.no_grad():
+        logits, following = pruned(CALIBRATION).logits[:, :-1], CALIBRATION[:, 1:]
+        original = tiny()(CALIBRATION).logits[:, :-1]
+        expected = kl_divergence(original.flatten(0, 1), logits.flatten(0, 1)).mean()
+        expected = float(expected + 0.5 * F.cross_entropy(logits.flatten(0, 1), following.flatten()))
+    whole = g.Recover(tokens=CALIBRATION.numel(), batch=len(CALIBRATION), cross_entropy=0.5)
+    model = recovered(NARROW, whole)
+    (first,) = model.gateskip.steps[1]["record"]["losses"]
+    assert first == pytest.approx(expected, rel=1e-4)
+
+
 def test_bad_input_is_said():
+    with pytest.raises(ValueError, match=r"cross_entropy -0\.1 must not be negative"):
+        g.Recover(cross_entropy=-0.1)
     with pytest.raises(g.PipelineError, match=r"recover\.what = 'some'"):
         build("recover", {"what": "some"})
     with pytest.raises(ValueError, match="tokens 0 must be at least 1"):
