@@ -15,11 +15,14 @@ from statistics import mean, stdev
 import torch
 
 import gateskip_compress as g
-from gateskip_compress.gating.calibrate import calibrate
+from gateskip_compress.gating.calibrate import BUDGETS, calibrate
 from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.macs import count_macs, ungated_macs_per_token
 from gateskip_compress.measure import cores, environment
 from gateskip_compress.text import passages
+
+BESIDE = 0.1
+"""How far below the least budget settings go: a budget lies between two of them."""
 
 
 @torch.inference_mode()
@@ -35,6 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     model, tokenizer = g.load(given.model)
     dial = dial_of(model)
+    settings = [share for share in BUDGETS if share > min(given.budgets) - BESIDE]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for text in given.text:
         found = passages(text, tokenizer, 512, 1024 * max(*given.passages, given.measured))
@@ -42,7 +46,7 @@ def main() -> None:
         unseen = unseen[: given.measured]
         whole = [len(ids) * ungated_macs_per_token(model, len(ids)) for ids in unseen]
         for count in given.passages:
-            dial.table = calibrate(model, alike[:count], budgets=given.budgets)
+            dial.table = calibrate(model, alike[:count], budgets=settings)
             for share in given.budgets:
                 dial.set(share)
                 ran = [count_macs(model, ids[None]) for ids in unseen]
