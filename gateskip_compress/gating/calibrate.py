@@ -20,7 +20,7 @@ from ..model import BRANCH_KINDS, blocks
 from ..track import untracked
 from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decisions
 
-BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""
 CALIBRATION_TOKENS = 2048
 """That a step calibrates on; more moves thresholds little."""
