@@ -46,7 +46,8 @@ def main() -> None:
         unseen = unseen[: given.measured]
         whole = [len(ids) * ungated_macs_per_token(model, len(ids)) for ids in unseen]
         for count in given.passages:
-            dial.table = calibrate(model, alike[:count], budgets=settings)
+            own = alike[:count]
+            dial.table = calibrate(model, own, budgets=settings)
             for share in given.budgets:
                 dial.set(share)
                 ran = [count_macs(model, ids[None]) for ids in unseen]
@@ -55,8 +56,8 @@ def main() -> None:
                     "benchmark": "budgets",
                     "model": Path(given.model).name,
                     "text": Path(text).name,
-                    "calibration_passages": len(alike[:count]),
-                    "calibration_tokens": sum(map(len, alike[:count])),
+                    "calibration_passages": len(own),
+                    "calibration_tokens": sum(map(len, own)),
                     "tokens": sum(map(len, unseen)),
                     "budget": share,
                     "macs_share": sum(ran) / sum(whole),

@@ -12,20 +12,19 @@ the native runtime runs the prompt, which has no masked path.
 
 import argparse
 import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import DynamicCache
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, floor, observe, thresholds_for
 from gateskip_compress.gating.dial import RUN_ALL, dial_of
 from gateskip_compress.macs import head_macs
-from gateskip_compress.measure import environment
+from gateskip_compress.measure import Stopwatch, environment
 from gateskip_compress.runtime import lower
+from gateskip_compress.runtime.watch import SessionWatch
 from gateskip_compress.text import windows
 
 
@@ -68,16 +67,9 @@ def main() -> None:
     }
     if given.native:
         del variants["masked"]
-        session = lower(model, context_tokens=given.tokens)
-        prompt = ids[0].numpy()
-
-        def timed() -> None:
-            session.prefill(prompt, 0)
+        watch = SessionWatch(ids, 1, lower(model, context_tokens=given.tokens))
     else:
-
-        def timed() -> None:
-            model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
-
+        watch = Stopwatch(ids, 1, model)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     macs: dict[str, int] = {}
     for run in range(given.runs + 1):
@@ -86,10 +78,9 @@ def main() -> None:
             with how():
                 if run == 0:  # the warm-up counts
                     macs[name] = g.count_macs(model, ids) - (given.tokens - 1) * head_macs(model)
-                began = time.perf_counter()
-                timed()
+                seconds = watch.prefill()
                 if run > 0:
-                    samples[name].append(time.perf_counter() - began)
+                    samples[name].append(seconds)
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a") as out:
         for name, seconds in samples.items():

@@ -1,10 +1,16 @@
 """Sums of x xᵀ over many x, at little more than half a product's cost, since they are symmetric. Pure functions."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 _BAND = 192
 """Rows of the sum that are found together, from the diagonal on."""
+
+
+def no_gram(inputs: int, device: torch.device) -> Float[Tensor, "k k"]:
+    """What `add_gram` adds to, for so many inputs."""
+    return torch.zeros(inputs, inputs, device=device)
 
 
 def add_gram(total: Float[Tensor, "k k"], x: Float[Tensor, "t k"]) -> None:

@@ -3,8 +3,7 @@
     loss = KL(original ‖ model) + cross_entropy · CE
 
 per scored token, the model as it will run: gates at the budget it is set to. CE is that of the text's own next tokens;
-with some of it the model also learns what the original does not know of texts like these, and it is then better on
-them, but no nearer to the original on others.
+with some of it the model also learns what the original does not know of texts like these, which need not help others.
 
 `all` trains every weight; `lora` adapters of the blocks' projections, which are added to them in the end; `norms` only
 norms, biases, and what gates scale and replace branches by: little memory, and the only one that may follow Quantize,

@@ -20,6 +20,7 @@ from gateskip_compress.quantization.groups import dequantize, pack, quantize, un
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.quantization.transform import _block_of, _inputs
 from gateskip_compress.step import Context
+from gateskip_compress.track import untracked
 from gateskip_compress.transforms import build
 
 
@@ -210,15 +211,19 @@ def test_a_plain_block_is_run_as_far_as_it_is_read(family):
 
     def visit(index, run):
         if index == 0:
+            ended = []
+            last = model.get_submodule(list(found)[-1]).register_forward_hook(lambda *_: ended.append(1))
             with _inputs(model, index, found) as seen:
                 run()
+            last.remove()
+            assert not ended, "nothing is read of what the last projection gives"
             read.update(seen)
 
     with torch.no_grad():
         model(CALIBRATION)
         for handle in handles:
             handle.remove()
-        walk(model, CALIBRATION, visit, lambda steps, *_: steps)
+        walk(model, CALIBRATION, visit, untracked)
     for name, inputs in read.items():
         assert inputs.tokens == CALIBRATION.numel(), name
         if name in whole:  # keys and values out of a fused matrix are no call of it

@@ -139,9 +139,8 @@ def _embedded(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> Tensor:
 
     handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(window.to(model.device), use_cache=False, logits_to_keep=1)
-    except Enough:
-        pass
+        with suppress(Enough):
+            model(window.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     return found[0]

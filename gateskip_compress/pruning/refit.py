@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..gram import add_gram, mirrored
+from ..gram import add_gram, mirrored, no_gram
 from ..model import BRANCH_KINDS, Enough, Kept, blocks, branch_width, branches, narrow, out_projection, walk
 from ..precision import exact_products
 from ..step import Context
@@ -60,8 +60,7 @@ def narrow_and_refit(model: PreTrainedModel, kept: Kept, context: Context) -> di
 def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> Iterator[list[Tensor]]:
     """Weighed second moments of what an output projection reads inside the `with`."""
     branch = branches(model)[BRANCH_KINDS.index(kind)]
-    block, inputs = blocks(model)[layer], out.in_features
-    seen = [torch.zeros(inputs, inputs, device=out.weight.device)]
+    block, seen = blocks(model)[layer], [no_gram(out.in_features, out.weight.device)]
     held: dict[str, Tensor] = {}
 
     def hold_stream(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from ..elimination import eliminate
 from ..folders import write_whole
 from ..gating.calibrate import everywhere, observe
 from ..gating.dial import RUN_ALL, dial_of
-from ..gram import add_gram, mirrored
+from ..gram import add_gram, mirrored, no_gram
 from ..macs import branch_costs
 from ..model import (
     BRANCH_KINDS,
@@ -96,19 +96,18 @@ def score(model: PreTrainedModel, by: By, context: Context) -> Scores:
     }
 
 
-def present(model: PreTrainedModel) -> list[Key]:
-    """All branches that are there."""
+def present(model: PreTrainedModel) -> dict[Key, nn.Linear]:
+    """The output projections of all branches that are there."""
     keys = ((layer, kind) for layer in range(len(blocks(model))) for kind in BRANCH_KINDS)
-    return [key for key in keys if out_projection(model, *key) is not None]
+    return {key: linear for key in keys if (linear := out_projection(model, *key)) is not None}
 
 
 def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: Context) -> Scores:
     """By the Fisher matrix; its labels are the text's own, which for text that the model wrote is no approximation."""
-    keys, names = present(model), {id(linear): name for name, linear in linears(model).items()}
-    at = {names[id(out_projection(model, *key))]: key for key in keys}
-    outs = {key: linear for key in keys if (linear := out_projection(model, *key)) is not None}
-    xx = {key: linear.weight.new_zeros(2 * (linear.in_features,), dtype=torch.float32) for key, linear in outs.items()}
-    gg = {key: linear.weight.new_zeros(2 * (linear.out_features,), dtype=torch.float32) for key, linear in outs.items()}
+    outs, names = present(model), {id(linear): name for name, linear in linears(model).items()}
+    at = {names[id(linear)]: key for key, linear in outs.items()}
+    xx = {key: no_gram(linear.in_features, linear.weight.device) for key, linear in outs.items()}
+    gg = {key: no_gram(linear.out_features, linear.weight.device) for key, linear in outs.items()}
     lengths: dict[Key, Tensor] = {}
 
     def see_stream(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
@@ -145,10 +144,9 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
 @torch.inference_mode()
 def _alone(model: PreTrainedModel, windows: Int[Tensor, "n t"], by: By, context: Context) -> Scores:
     """By activations or magnitudes, each unit by itself."""
-    keys = present(model)
-    squares = dict.fromkeys(keys, torch.ones(()))
+    outs = present(model)
+    squares = dict.fromkeys(outs, torch.ones(()))
     if by == "activation":
-        outs = {key: linear for key in keys if (linear := out_projection(model, *key)) is not None}
         squares = {key: torch.zeros(linear.in_features, device=linear.weight.device) for key, linear in outs.items()}
 
         def hook(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -165,9 +163,8 @@ def _alone(model: PreTrainedModel, windows: Int[Tensor, "n t"], by: By, context:
             for handle in handles:
                 handle.remove()
     found = {}
-    for key in keys:
-        linear, width = out_projection(model, *key), branch_width(model, *key)
-        assert linear is not None
+    for key, linear in outs.items():
+        width = branch_width(model, *key)
         lost = (linear.weight.float().square().sum(0) * squares[key]).view(width.units, -1).sum(1)
         if by == "magnitude":
             for projection, rows in rows_of(model, *key, range(width.units)):

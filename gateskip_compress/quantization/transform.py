@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
-from ..gram import add_gram, mirrored
+from ..gram import add_gram, mirrored, no_gram
 from ..model import Enough, blocks, family_of, linears, surrogate_linears, vocabulary, walk
 from ..names import check_choice
 from ..step import Context, Record, Stage
@@ -232,7 +232,7 @@ class _Inputs:
     """Second moments of a projection's inputs."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.hessian = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        self.hessian = no_gram(linear.in_features, linear.weight.device)
         self.tokens = 0
 
     def same_as(self, other: "_Inputs") -> bool:
