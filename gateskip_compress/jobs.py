@@ -43,6 +43,7 @@ def bench(
     speculate: bool = False,
     unpack: bool = False,
     runtime: str = "auto",
+    device: str = "auto",
     keep: bool = False,
     tell: Tell = _silent,
 ) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def bench(
         budget: Share of multiply-adds to run; None leaves the model's own.
         speculate: Decode self-speculatively.
         unpack: Hold quantized weights as float.
-        runtime: As in `choose_runtime`.
+        runtime: As in `choose_runtime`; `native` runs on the CPU.
+        device: As in `source.device_named`.
         keep: Packed weights beside a checkpoint of ours, for the next time.
         tell: As in `choose_runtime`.
 
@@ -68,7 +70,7 @@ def bench(
     for name, value, least in (("prompt-tokens", prompt_tokens, 2), ("new-tokens", new_tokens, 2), ("runs", runs, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
-    model, tokenizer = load(source)
+    model, tokenizer = _load(source, runtime, device)
     found = documents(text, tokenizer) if isinstance(text, str) else [Passage.whole(text)]
     prompts = windowed(found, prompt_tokens, runs * prompt_tokens, text if isinstance(text, str) else "the text")
     context_tokens = prompt_tokens + new_tokens + 1
@@ -106,6 +108,7 @@ def generate(
     seed: int = 0,
     unpack: bool = False,
     runtime: str = "auto",
+    device: str = "auto",
     keep: bool = False,
     stream: bool = False,
     tell: Tell = _silent,
@@ -122,6 +125,7 @@ def generate(
         seed: Of what is drawn.
         unpack: As in `bench`.
         runtime: As in `bench`.
+        device: As in `bench`.
         keep: As in `bench`.
         stream: Print the text as it comes.
         tell: As in `choose_runtime`.
@@ -137,7 +141,7 @@ def generate(
         raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
     if temperature < 0:
         raise ValueError(f"--temperature {temperature} must not be negative")
-    model, tokenizer = load(source)
+    model, tokenizer = _load(source, runtime, device)
     ids = chat_prompt(tokenizer, prompt).to(model.device)
     context_tokens = ids.shape[1] + new_tokens
     session = _session(
@@ -171,6 +175,11 @@ def generate(
         **counts.time_shares,
     }
     return result, counts
+
+
+def _load(source: str, runtime: str, device: str) -> Any:
+    """Model and tokenizer, where the runtime needs them."""
+    return load(source, device="cpu" if runtime == "native" and device == "auto" else device)
 
 
 def turned(model: PreTrainedModel, share: float | None) -> AbstractContextManager[object]:

@@ -121,5 +121,14 @@ def _sdpa_flop(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: obje
     return sdpa_flop_count(query.shape, (*heads, *key.shape[2:]), (*heads, *value.shape[2:]))
 
 
+def _bmm_flop(left: Tensor, right: Tensor, *_: object, **__: object) -> int:
+    # with nothing to sum it is how some versions of transformers find rotary angles
+    return 2 * left.numel() * right.shape[2] if left.shape[2] > 1 else 0
+
+
 # torch's table has no entry for the attention kernel that CPUs use
-_FORMULAS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop}
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.bmm: _bmm_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop,
+}

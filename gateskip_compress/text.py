@@ -50,7 +50,7 @@ class Passage:
     @classmethod
     def whole(cls, ids: Int[Tensor, " t"]) -> "Passage":
         """All tokens but the first scored."""
-        return cls(ids, torch.arange(len(ids)) > 0)
+        return cls(ids, torch.arange(len(ids), device=ids.device) > 0)
 
 
 def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, tiny, tokens
 from transformers import DynamicCache
 
 import gateskip_compress as g
@@ -102,7 +102,7 @@ def test_decisions_are_the_same_cached_and_in_any_batch(name):
 def test_padding_never_runs_and_changes_nothing(name, side):
     model = made(name)
     rows = [tokens(1, n, seed=30 + n) for n in (9, 24)]
-    ids, mask = torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 24, dtype=torch.long)
+    ids, mask = torch.zeros(2, 24, dtype=torch.long, device=DEVICE), torch.zeros(2, 24, dtype=torch.long, device=DEVICE)
     for i, row in enumerate(rows):
         place = slice(24 - row.shape[1], 24) if side == "left" else slice(row.shape[1])
         ids[i, place], mask[i, place] = row[0], 1
@@ -123,7 +123,7 @@ def test_padding_is_no_part_of_the_batch_quantile(side):
     model, row = made("batch quantile"), tokens(1, 24, seed=8)
     with decisions(model) as alone:
         expected = logits(model, row)
-    padding, place = torch.zeros(1, 9, dtype=torch.long), slice(9, 33) if side == "left" else slice(24)
+    padding, place = torch.zeros(1, 9, dtype=torch.long, device=DEVICE), slice(9, 33) if side == "left" else slice(24)
     ids = torch.cat((padding, row) if side == "left" else (row, padding), dim=1)
     mask = torch.zeros_like(ids)
     mask[:, place] = 1
@@ -190,7 +190,7 @@ def test_a_token_that_left_is_frozen_at_its_first_confident_block(confidence):
         hidden = [*model(ids, output_hidden_states=True).hidden_states[:-1], *last]
         handle.remove()
     kept = {(d.layer, d.kind): d.keep for d in seen}
-    left = torch.zeros(2, 40, dtype=torch.bool)
+    left = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
     for layer in range(1, len(blocks(model))):
         for row in range(2):
             for column in range(1, 40):

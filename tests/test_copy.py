@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, FAMILY_CONFIGS, SLIDING, compress, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, FAMILY_CONFIGS, SLIDING, compress, tiny, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import gateskip_compress as g
@@ -92,8 +92,8 @@ def test_cached_decoding_equals_the_full_pass(copying, chunk, cache):
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_padding(copying):
     ids = tokens(3, 30, seed=7)
     torch.testing.assert_close(logits(copying, ids)[1:2], logits(copying, ids[1:2]), **CLOSE)
-    padded = torch.cat((torch.zeros(1, 6, dtype=torch.long), ids[:1, :24]), dim=1)
-    mask = torch.stack((torch.arange(30) >= 6, torch.ones(30, dtype=torch.bool))).long()
+    padded = torch.cat((torch.zeros(1, 6, dtype=torch.long, device=DEVICE), ids[:1, :24]), dim=1)
+    mask = torch.stack((torch.arange(30, device=DEVICE) >= 6, torch.ones(30, dtype=torch.bool, device=DEVICE))).long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     found = logits(copying, torch.cat((padded, ids[1:2])), attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(found[:1, 6:], logits(copying, ids[:1, :24]), **CLOSE)
@@ -115,7 +115,7 @@ def test_the_budget_is_kept_on_its_calibration_text(copying):
 def test_it_reloads_and_speculates(copying, tmp_path):
     ids = tokens(1, 12, seed=4)
     copying.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert torch.equal(logits(again, ids), logits(copying, ids))
     if copying.tiny_family in SLIDING:
         return

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CALIBRATION, compress, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tokens
 from transformers import DynamicCache
 
 import gateskip_compress as g
@@ -105,7 +105,7 @@ def model():
 
 def shares_of(model, prompt, new, **warpers):
     """Probability of every continuation by plain steps over the whole text, no cache."""
-    texts, chances = prompt, torch.ones(1, dtype=torch.double)
+    texts, chances = prompt, torch.ones(1, dtype=torch.double, device=DEVICE)
     for _ in range(new):
         with torch.no_grad():
             logits = model(texts, use_cache=False).logits[:, -1]
@@ -189,11 +189,11 @@ def test_rows_go_on_apart(model):
     kept = [4, 1, 2]
     with torch.inference_mode():
         rows = Rows(model, DynamicCache(config=model.config), None)
-        rows.begin(ids, torch.arange(7).expand(3, -1))
+        rows.begin(ids, torch.arange(7, device=DEVICE).expand(3, -1))
         rows.feed(more)
-        rows.take_back(torch.tensor([4 - n for n in kept]))
+        rows.take_back(torch.tensor([4 - n for n in kept], device=DEVICE))
         rows.feed(last[:, :1])
-        rows.select(torch.tensor([True, True, False]))
+        rows.select(torch.tensor([True, True, False], device=DEVICE))
         found = rows.feed(last[:2, 1:])
         for row in range(2):
             text = torch.cat((ids[row], more[row, : kept[row]], last[row]))[None]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, SLIDING, compress, tiny, tokens
+from tiny_models import DEVICE, FAMILY_CONFIGS, SLIDING, compress, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, StaticCache
 
@@ -23,7 +23,10 @@ def logits(model, ids, **kwargs):
 def padded(rows, side):
     """A batch of rows of unequal lengths: ids, attention mask, positions."""
     longest = max(row.shape[1] for row in rows)
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.long, device=DEVICE),
+        torch.zeros(len(rows), longest, dtype=torch.long, device=DEVICE),
+    )
     for i, row in enumerate(rows):
         place = slice(longest - row.shape[1], longest) if side == "left" else slice(row.shape[1])
         ids[i, place], mask[i, place] = row[0], 1
@@ -93,7 +96,7 @@ def test_a_stack_of_all_reloads_and_speculates(family, tmp_path):
     with g.masked(model):
         torch.testing.assert_close(logits(model, ids), expected, **CLOSE)
     model.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert torch.equal(logits(again, ids), expected)
     settings = dict(max_new_tokens=12, do_sample=False)
     drafting = dict(custom_generate=g.self_speculative, draft_budget=0.6, draft_tokens=3)
@@ -111,7 +114,7 @@ def test_scaling_gates_work(family):
     generator = torch.Generator().manual_seed(0)
     for block in blocks(model):
         for parameter in block.gates.parameters():
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
     with decisions(model) as seen:
         logits(model, ids)
     dial_of(model).thresholds = tuple(d.score.median().item() for d in seen)

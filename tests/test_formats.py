@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import compress, tiny, tokens
+from tiny_models import DEVICE, compress, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
@@ -72,7 +72,7 @@ def test_the_gptq_layout_is_what_it_says_and_reads_back(words, width, bits, symm
 def test_a_gptq_export_reads_back(step, tied, tmp_path):
     model = compress(tiny(tie_word_embeddings=tied), step)
     assert export(model, tmp_path / "out", "gptq") == []
-    read, _ = g.load(str(tmp_path / "out"))
+    read, _ = g.load(str(tmp_path / "out"), device=DEVICE)
     torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=2e-3 * float(logits(model).abs().max()))
     codes = {
         name: module.codes for name, module in blocks(model).named_modules() if isinstance(module, QuantizedLinear)
@@ -92,7 +92,7 @@ def test_a_gptq_export_reads_back(step, tied, tmp_path):
 def test_transformers_loads_compressed_tensors_with_equal_logits(step, tmp_path):
     model = compress(tiny(), step)
     export(model, tmp_path / "out", "compressed-tensors")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(DEVICE)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_what_a_format_cannot_hold_is_said_and_dropped_only_when_told(form, tmp_
         export(model, tmp_path / "out", form)
     assert list(tmp_path.iterdir()) == []
     assert len(export(model, tmp_path / "out", form, drop=True)) == 2
-    loaded = g.load(str(tmp_path / "out"))[0]
+    loaded = g.load(str(tmp_path / "out"), device=DEVICE)[0]
     with g.budget(model, 1):
         expected = logits(model)
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
@@ -127,13 +127,13 @@ def test_what_a_format_cannot_hold_is_said_and_dropped_only_when_told(form, tmp_
 
 def test_an_imported_model_can_be_gated_and_speculated_and_saved(tmp_path):
     export(compress(tiny(), SYMMETRIC), tmp_path / "gptq", "gptq")
-    model, tokenizer = g.load(str(tmp_path / "gptq"))
+    model, tokenizer = g.load(str(tmp_path / "gptq"), device=DEVICE)
     gated = Pipeline(g.GateSkip(budget=0.8, rank=4), g.SelfSpeculation(draft_budget=0.6)).run(
         model, tokenizer, calibration=tokens(8, 64, seed=1)
     )
     assert [step["name"] for step in gated.gateskip.steps] == ["quantize", "gateskip", "self_speculation"]
     gated.save_pretrained(tmp_path / "ours")
-    again = g.load(str(tmp_path / "ours"))[0]
+    again = g.load(str(tmp_path / "ours"), device=DEVICE)[0]
     assert torch.equal(logits(again), logits(gated))
     plain = again.generate(IDS[:1], max_new_tokens=12, do_sample=False)
     fast = again.generate(IDS[:1], max_new_tokens=12, do_sample=False, custom_generate=g.self_speculative)
@@ -173,7 +173,7 @@ def test_a_foreign_checkpoint_that_does_not_fit_says_why(name, tmp_path):
     export(compress(tiny(), SYMMETRIC), tmp_path / "gptq", "gptq")
     change(tmp_path / "gptq", edit_config, edit_tensors)
     with pytest.raises((g.GateSkipError, ValueError), match=message):
-        g.load(str(tmp_path / "gptq"))
+        g.load(str(tmp_path / "gptq"), device=DEVICE)
 
 
 def test_exports_that_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, compress, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import gateskip_compress as g
@@ -58,7 +58,7 @@ def stirred_once(family, **settings):
         generator = torch.Generator().manual_seed(0)
         for block in blocks(model):
             for parameter in block.gates.parameters():
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
         dial = dial_of(model)
         dial.table = calibrate(model, CALIBRATION, settings.get("allocation", "global"))
         dial.set(0.8)
@@ -120,7 +120,7 @@ def test_every_variant_is_the_same_masked_cached_and_reloaded(variant, tmp_path)
     parts = [logits(model, piece, past_key_values=cache, use_cache=True) for piece in ids.split(9, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
     model.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert torch.equal(logits(again, ids), expected)
 
 
@@ -284,7 +284,7 @@ def test_a_narrow_surrogate_is_least_squares_on_the_mlps_channels():
     with torch.no_grad():
         gram = values.T @ values
         assert rows == backward_elimination(gram, mlp.down_proj.weight, 32, RIDGE).tolist()
-        features = torch.cat((values[:, rows], torch.ones(len(x), 1)), dim=1).double()
+        features = torch.cat((values[:, rows], torch.ones(len(x), 1, device=DEVICE)), dim=1).double()
         solution = torch.linalg.lstsq(features, mlp(x).double()).solution
         found, least = narrow(x) - mlp(x), features @ solution - mlp(x)
     assert least.square().sum() <= found.square().sum() < 1.02 * least.square().sum()  # but for the ridge
@@ -304,7 +304,7 @@ def test_budgets_hold_on_the_text_that_thresholds_were_recalibrated_on(tmp_path)
         with g.budget(model, share):
             assert spent(model, observe(model, other, None), round(keys)).budget == pytest.approx(share, abs=0.02)
     model.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert dial_of(again).table == dial_of(model).table
     with pytest.raises(g.CalibrationError, match="no sequence has more than one token"):
         g.recalibrate(model, [tokens(1, 1)[0]])
@@ -318,7 +318,7 @@ def test_a_budget_that_is_set_is_saved(tmp_path):
     with g.budget(model, 0.8):
         pass
     model.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert dial_of(again).budget == g.manifest_of(again).transforms[0].budget == 0.7
     assert torch.equal(again(ids).logits, compress(tiny(), g.GateSkip(budget=0.7, rank=4))(ids).logits)
     with pytest.raises(ValueError, match=r"budget 0\.01 is below"):

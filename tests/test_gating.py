@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import CALIBRATION, compress, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 import gateskip_compress as g
@@ -74,8 +74,8 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_later_tokens(gated):
 def test_left_padding_does_not_change_a_row():
     model = compress(tiny(), g.GateSkip(budget=0.6, rank=4))
     ids = tokens(1, 20, seed=8)
-    padded = torch.cat((torch.zeros(1, 6, dtype=torch.long), ids), dim=1)
-    mask = (torch.arange(26) >= 6)[None].long()
+    padded = torch.cat((torch.zeros(1, 6, dtype=torch.long, device=DEVICE), ids), dim=1)
+    mask = (torch.arange(26, device=DEVICE) >= 6)[None].long()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     found = logits(model, padded, attention_mask=mask, position_ids=positions)[:, 6:]
     torch.testing.assert_close(found, logits(model, ids), **CLOSE)
@@ -151,7 +151,7 @@ def test_hidden_states_are_still_recorded(gated):
 @pytest.mark.parametrize("real", [[150, 150], [150, 40]])
 def test_long_prompts_attend_in_strips_and_give_the_same(gated, real):
     ids = tokens(2, 150, seed=8)
-    mask = (torch.arange(150) >= 150 - torch.tensor(real)[:, None]).long()
+    mask = (torch.arange(150, device=DEVICE) >= 150 - torch.tensor(real, device=DEVICE)[:, None]).long()
     seen = mask > 0
     with g.budget(gated, 0.6):
         striped = logits(gated, ids, attention_mask=mask)[seen]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, compress, tiny, tiny_tokenizer, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
@@ -39,12 +39,12 @@ def test_every_stack_saves_and_loads_with_equal_logits(stack, tmp_path):
     model = g.Pipeline(*LEGAL[stack]).run(tiny(), tiny_tokenizer(), calibration=CALIBRATION)
     ids = tokens(2, 24)
     model.save_pretrained(tmp_path / "once")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once").to(DEVICE)
     assert torch.equal(again(ids).logits, model(ids).logits)
-    loaded, _ = g.load(str(tmp_path / "once"))
+    loaded, _ = g.load(str(tmp_path / "once"), device=DEVICE)
     assert loaded.gateskip.steps == model.gateskip.steps
     loaded.save_pretrained(tmp_path / "twice")
-    twice, _ = g.load(str(tmp_path / "twice"))
+    twice, _ = g.load(str(tmp_path / "twice"), device=DEVICE)
     assert torch.equal(twice(ids).logits, model(ids).logits)
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from tiny_models import CALIBRATION, FAMILY_CONFIGS, compress, tiny, tiny_tokenizer, tokens
+from tiny_models import CALIBRATION, DEVICE, FAMILY_CONFIGS, compress, tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
@@ -41,7 +41,7 @@ def test_a_pruned_model_is_plain_and_loads_without_us(family, tmp_path):
     model = compress(tiny(family), g.Prune(blocks=1))
     assert len(blocks(model)) == model.config.num_hidden_layers == 3
     model.save_pretrained(tmp_path / "x")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x").to(DEVICE)
     assert "quantization_config" not in again.config.to_dict()
     ids = tokens(1, 24)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -196,7 +196,7 @@ def test_the_refit_is_the_least_squares_solution_to_the_whole_branch():
     handle.remove()
     rows, whole = [], block.mlp.down_proj.weight.detach().double()
     for x, stream in zip(seen, after, strict=True):
-        weight = torch.ones(48)
+        weight = torch.ones(48, device=DEVICE)
         weight[0] = 48**0.5
         rows.append((weight / stream.norm(dim=1))[:, None] * x)
     rows = torch.cat(rows).double()
@@ -226,7 +226,7 @@ def test_a_uniform_cut_is_plain_and_an_uneven_one_loads_through_us(family, tmp_p
         model.save_pretrained(tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert ("quantization_config" in config) == (name == "uneven")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name).to(DEVICE)
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -237,7 +237,8 @@ def test_plain_transformers_alone_loads_a_uniform_cut_with_equal_logits(tmp_path
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         f"ids, logits = torch.load({str(tmp_path / 'logits.pt')!r})\n"
-        f"torch.set_num_threads(1); model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'x')!r}).eval()\n"
+        f"torch.set_num_threads(1); model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'x')!r})\n"
+        "model.eval().to(ids.device)\n"
         "assert torch.equal(model(ids).logits, logits); assert 'gateskip_compress' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -343,7 +344,7 @@ def test_blocks_by_gates_and_by_perplexity(tmp_path):
     model = compress(tiny(), g.GateSkip(budget=0.8, rank=4, allocation="global"), g.Prune(blocks=1, by="gates"))
     assert len(blocks(model)) == 3
     model.save_pretrained(tmp_path / "x")
-    again, _ = g.load(str(tmp_path / "x"))
+    again, _ = g.load(str(tmp_path / "x"), device=DEVICE)
     assert torch.equal(again(tokens(1, 24)).logits, model(tokens(1, 24)).logits)
     record = compress(tiny(), g.Prune(blocks=1, by="perplexity")).gateskip.steps[0]["record"]
     context = [Passage.whole(ids) for ids in CALIBRATION]

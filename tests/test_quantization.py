@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CALIBRATION, compress, tiny, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
@@ -308,7 +308,7 @@ def test_embedding_and_head_in_few_bits(family, tied, tmp_path):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
         assert g.count_macs(model, ids) == g.count_macs(reference, ids)
         model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         with unpacked(loaded):
             assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -336,7 +336,7 @@ def test_bits_by_a_mean(mean_bits, tmp_path):
     assert {bits for name, bits in record["bits"].items() if "o_proj" in name} == {8}
     model.save_pretrained(tmp_path / "model")
     ids = tokens(1, 8)
-    assert torch.equal(g.load(str(tmp_path / "model"))[0](ids).logits, model(ids).logits)
+    assert torch.equal(g.load(str(tmp_path / "model"), device=DEVICE)[0](ids).logits, model(ids).logits)
 
 
 def test_measured_bits_go_where_rounding_moves_the_loss_most():
@@ -360,7 +360,7 @@ def test_tabled_codes_stand_for_what_bitsandbytes_says(kind, tmp_path):
             torch.testing.assert_close(module.weight, dequantize_4bit(packed, state))
     model.save_pretrained(tmp_path / "model")
     ids = tokens(1, 8)
-    assert torch.equal(g.load(str(tmp_path / "model"))[0](ids).logits, model(ids).logits)
+    assert torch.equal(g.load(str(tmp_path / "model"), device=DEVICE)[0](ids).logits, model(ids).logits)
     with pytest.raises(g.UnsupportedModel, match="no NF4 or FP4"):
         export(model, tmp_path / "out", "gptq")
     with pytest.raises(ValueError, match=r"'nf4' has 4 bits"):

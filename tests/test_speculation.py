@@ -5,7 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, SLIDING, VOCABULARY, compress, compress_further, tiny, tiny_tokenizer, tokens
+from tiny_models import (
+    CALIBRATION,
+    DEVICE,
+    SLIDING,
+    VOCABULARY,
+    compress,
+    compress_further,
+    tiny,
+    tiny_tokenizer,
+    tokens,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -85,7 +95,7 @@ def test_families(family):
 
 @pytest.mark.parametrize("how", HOW)
 def test_rows_of_a_batch_accept_different_lengths(model, how):
-    ids, mask = tokens(4, 12, seed=5), torch.ones(4, 12, dtype=torch.long)
+    ids, mask = tokens(4, 12, seed=5), torch.ones(4, 12, dtype=torch.long, device=DEVICE)
     for row, padding in enumerate((0, 5, 2, 11)):
         ids[row, :padding], mask[row, :padding] = 0, 0
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
@@ -128,7 +138,7 @@ def test_criteria_see_every_text_once(model):
 
         def __call__(self, input_ids, _scores, **_):
             self.lengths.append(input_ids.shape[1])
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=DEVICE)
 
     watch = Watch()
     speculate(model, tokens(1, 9), max_new_tokens=14, stopping_criteria=[watch])
@@ -180,7 +190,7 @@ def test_processors_act_alike_in_draft_and_verify(model, settings):
 
 
 def test_a_penalty_that_knows_each_rows_padding_acts_alike_in_draft_and_verify(model):
-    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long, device=DEVICE)
     mask[0, :4] = mask[2, :7] = 0
     settings = dict(max_new_tokens=14, repetition_penalty=1.5, attention_mask=mask, pad_token_id=0)
     ends = model.generate(ids, do_sample=False, **settings)[0, 12 + 3].item()  # rows end apart
@@ -210,7 +220,7 @@ class Parity(LogitsProcessor):
     """Reads the text alone: tokens as even as the last."""
 
     def __call__(self, input_ids, scores):
-        even = torch.arange(scores.shape[1]) % 2 == input_ids[:, -1:] % 2
+        even = torch.arange(scores.shape[1], device=DEVICE) % 2 == input_ids[:, -1:] % 2
         return scores.masked_fill(~even, -torch.inf)
 
 
@@ -271,7 +281,7 @@ def test_a_text_read_again_is_plain_decoding_bit_for_bit(model):
 
     def rows():
         made = Rows(model, DynamicCache(config=model.config), None)
-        made.begin(ids, torch.arange(9)[None])
+        made.begin(ids, torch.arange(9, device=DEVICE)[None])
         return made
 
     with torch.inference_mode():
@@ -281,9 +291,9 @@ def test_a_text_read_again_is_plain_decoding_bit_for_bit(model):
         found.feed(more[:, :1])
         found.feed(more[:, 1:5])
         assert found.clean == 10
-        found.take_back(torch.tensor([2]))
+        found.take_back(torch.tensor([2], device=DEVICE))
         assert found.clean == 10
-        found.take_back(torch.tensor([2]))
+        found.take_back(torch.tensor([2], device=DEVICE))
         assert torch.equal([found.feed(token) for token in more[:, 1:].split(1, dim=1)][-1], wanted)
         assert found.clean == 17
 
@@ -357,7 +367,7 @@ def test_draft_gates_learn_to_say_what_the_verifier_says(drafter):
 def test_draft_gates_draft_and_survive_a_reload(drafter, tmp_path):
     model, before = drafter
     model.save_pretrained(tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").to(DEVICE)
     assert loaded.self_speculation == model.self_speculation
     ids, settings = tokens(1, 9), dict(max_new_tokens=20, do_sample=False)
     plain, found = before.generate(ids, **settings), []

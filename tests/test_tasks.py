@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import yaml
-from tiny_models import compress, tiny, tiny_tokenizer, tokens
+from tiny_models import DEVICE, compress, tiny, tiny_tokenizer, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def write(folder, task, lines):
 @torch.no_grad()
 def naive(model, context, choice):
     """One full pass without a cache, token by token."""
-    ids = torch.cat((context, choice))
+    ids = torch.cat((context, choice)).to(DEVICE)
     logits = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
     return sum(float(logits[place - 1, ids[place]]) for place in range(len(context), len(ids)))
 
@@ -66,7 +66,9 @@ def test_log_likelihoods_are_those_of_a_full_pass_for_each_choice(family, gates)
         start = tokens(1, context, seed=context)[0]
         choices = [tokens(1, length, seed=length)[0] for length in lengths]
         expected = [naive(model, start, choice) for choice in choices]
-        torch.testing.assert_close(log_likelihoods(model, start, choices), torch.tensor(expected), atol=2e-3, rtol=2e-4)
+        torch.testing.assert_close(
+            log_likelihoods(model, start, choices), torch.tensor(expected, device=DEVICE), atol=2e-3, rtol=2e-4
+        )
 
 
 def test_choices_follow_their_context():
@@ -161,7 +163,7 @@ def test_gsm8k_shows_five_other_questions_and_reads_the_last_number(tmp_path):
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model = tiny(vocab_size=96)
-    ids = tokenizer("5 9 11", return_tensors="pt").input_ids
+    ids = tokenizer("5 9 11", return_tensors="pt").input_ids.to(DEVICE)
     out = model.generate(ids, do_sample=False, max_new_tokens=256, pad_token_id=0)[0, 3:].tolist()
     last = [str(t) for t in out if t > 2][-1]
     answers = [work_out(model, tokenizer, Item("5 9 11", (answer,), 0)) for answer in (last, last + "0")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from tiny_models import CALIBRATION, compress, tiny, tiny_tokenizer, tokens
+from tiny_models import CALIBRATION, DEVICE, compress, tiny, tiny_tokenizer, tokens
 from torch import nn
 
 import gateskip_compress as g
@@ -194,7 +194,7 @@ def test_padding_and_prompts_do_not_count():
     records = []
     for tail in (0, 9):  # the same passages, with and without a longer neighbour's padding
         longer = torch.cat((passages[1].scored, torch.zeros(tail, dtype=torch.bool)))
-        batch = [passages[0], Passage(torch.cat((passages[1].ids, tokens(1, tail)[0])), longer)]
+        batch = [passages[0], Passage(torch.cat((passages[1].ids, tokens(1, tail)[0].cpu())), longer)]
         training = g.Training(steps=1, batch=2, ramp=0)
         records.append(train_gates(deepcopy(model), training, 0.7, "global", Context(CALIBRATION, passages=batch)))
     assert records[0]["losses"] == pytest.approx(records[1]["losses"], rel=1e-3)
@@ -266,7 +266,7 @@ def test_a_trained_stack_is_a_recipe_and_a_checkpoint(tmp_path):
         g.read_recipe(path)
     model = pipeline.run(tiny(), tiny_tokenizer(), calibration=CALIBRATION)
     model.save_pretrained(tmp_path / "model")
-    again, _ = g.load(str(tmp_path / "model"))
+    again, _ = g.load(str(tmp_path / "model"), device=DEVICE)
     ids = tokens(1, 16)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.gateskip.transforms[0].training == g.Training(steps=2, batch=1)

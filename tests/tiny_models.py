@@ -1,5 +1,7 @@
 """Tiny seeded models of each family, and how tests compress them."""
 
+import os
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -19,9 +21,12 @@ from transformers import (
     SmolLM3Config,
 )
 
+from gateskip_compress.model import keep_softcap
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.step import Context
 
+DEVICE = os.environ.get("GATESKIP_TEST_DEVICE", "cpu")
+"""Where tests' models are: `make test-gpu` says cuda."""
 VOCABULARY = 96
 SIZES = dict(
     vocab_size=VOCABULARY,
@@ -78,15 +83,16 @@ def tiny(family="llama", **changes):
     config = FAMILY_CONFIGS[family]
     config = type(config)(**{**config.to_dict(), "initializer_range": 0.15, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
+    keep_softcap(model)
     if config.model_type not in PLAIN:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model
+    return model.to(DEVICE)
 
 
 def tokens(rows, columns, seed=1):
-    return torch.randint(2, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def tiny_tokenizer():

@@ -78,7 +78,7 @@ def run_job(job: Job) -> Iterator[Row]:
     if not job.cells:
         return
     facts = json.loads((folder / "facts.json").read_text())
-    model, tokenizer = load(str(folder / "model"))
+    model, tokenizer = load(str(folder / "model"), device="auto")
     held_out, beside = ([], None) if job.same else _held_out(job, model, tokenizer)
     for cell in job.cells:
         found = {"compression": facts, "disk_bytes": disk_bytes(folder / "model"), "environment": environment(model)}
@@ -105,7 +105,7 @@ def make_node(job: Job, folder: Path) -> None:
     """
     torch.manual_seed(job.spec.seed)
     if job.node.parent is None:
-        model, tokenizer = load(job.node.model, job.spec.dtype)
+        model, tokenizer = load(job.node.model, job.spec.dtype, "auto")
         calibration = calibration_text(job.spec.recipe(job.node.model, []), model, tokenizer, untracked)
         start(model, tokenizer, source=job.node.model)
         write_whole(_made(folder) / "calibration.json", json.dumps(calibration.tolist()))
@@ -160,7 +160,7 @@ def _stepped(job: Job, parent: Path, folder: Path) -> tuple[PreTrainedModel, Fac
 
 def _loaded(node: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A node's model, which will save its tokenizer with it."""
-    model, tokenizer = load(str(node / "model"))
+    model, tokenizer = load(str(node / "model"), device="auto")
     model.gateskip.tokenizer = tokenizer
     return model, tokenizer
 
@@ -175,7 +175,7 @@ def _held_out(
 ) -> tuple[list[Passage], Reference | None]:
     """What quality is measured on, and what the original says to it, which runs once for all other nodes."""
     place, recipe = job.cache / job.node.original, job.spec.recipe(job.node.model, [])
-    original = load(str(place / "model"))[0] if job.node.steps else model
+    original = load(str(place / "model"), device="auto")[0] if job.node.steps else model
     held_out = evaluation_text(recipe, original, tokenizer, untracked)
     if not job.node.steps:
         return held_out, None

@@ -24,7 +24,7 @@ from ..runtime.extension import kernel_names
 from ..runtime.lower import lower
 from ..runtime.session import Session
 from ..runtime.watch import SessionWatch
-from ..source import load
+from ..source import device_named, load
 from .spec import Timing
 from .store import Row
 
@@ -145,10 +145,8 @@ class _Stand:
 
     def load(self) -> str | None:
         torch.set_num_threads(self.subject.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.before_bytes = held_bytes(device)
-        self.model, _ = load(str(self.subject.folder))
-        self.model.to(device)
+        self.before_bytes = held_bytes(device_named("auto"))
+        self.model, _ = load(str(self.subject.folder), device="auto")
         if self.subject.budget is not None:
             self.held.enter_context(budget(self.model, self.subject.budget))
         return why_not_native(self.model, self._context)

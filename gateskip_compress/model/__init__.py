@@ -10,6 +10,7 @@ from .blocks import family_of as family_of
 from .blocks import features as features
 from .blocks import gated_mlp as gated_mlp
 from .blocks import has_branch as has_branch
+from .blocks import keep_softcap as keep_softcap
 from .blocks import key_value_features as key_value_features
 from .blocks import linears as linears
 from .blocks import projections as projections

@@ -21,6 +21,16 @@ See = Callable[[int, str, Tensor, Tensor, Tensor], None]
 """Gets layer, branch kind, and the branch's input, output and residual, each (b, t, d)."""
 
 
+def keep_softcap(model: PreTrainedModel) -> None:
+    """Let a family that bounds its attention scores compute them eagerly, in place.
+
+    transformers before 5.20 gives it fused kernels, which leave the bound out without a word.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.layout.softcap is not None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """Where the model's parts are, after all of them were found.
 

@@ -99,7 +99,7 @@ def draft_by_gates(
         chosen = torch.multinomial(share, 1) if sample else scores.argmax(dim=-1, keepdim=True)
         tokens = torch.cat((tokens, chosen), dim=1)
         shares.append(share)
-        keys = [sure(drafter.budget or 0.0, top) for top in share.amax(dim=-1).tolist()]
+        keys = [sure(drafter.budget or 0.0, top) for top in share.amax(dim=-1).nan_to_num(0.0).tolist()]
         for row, key in zip(evidence, keys, strict=True):
             row.append(key)
         chance *= sum(map(control.odds.of, keys)) / len(keys)
