@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 , := ,
 
-.PHONY: demo test smoke peers sanitize clean
+.PHONY: demo test test-gpu smoke peers sanitize clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/gateskip run pipelines/smollm2-135m.yaml --out runs/demo
 	$(VENV)/bin/gateskip generate runs/demo/model --prompt "Why is the sky blue?" --speculate --new-tokens 64
@@ -13,7 +13,13 @@ test: $(VENV)/.developed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
-	$(VENV)/bin/python -m pytest -n auto -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -n auto -m "not slow"
+
+# What runs on torch alone, on a CUDA device, with a Python that has torch for it: make test-gpu PYTHON=python3
+PYTHON ?= $(VENV)/bin/python
+KEPT_OUT := native native_kernels native_real matrix matrix_numbers cli readme browser report recipe text insight real
+test-gpu:
+	GATESKIP_TEST_DEVICE=cuda $(PYTHON) -m pytest -n 8 -p no:benchmark -m "not slow" $(KEPT_OUT:%=--ignore=tests/test_%.py)
 
 # A few cells of the benchmark matrix, in minutes; fails where a cell does. CI runs it after the tests.
 smoke: $(VENV)/.installed

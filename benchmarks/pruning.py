@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--recover-minutes", type=float, default=0.0)
     parser.add_argument("--recover", default="all", help="what is trained: lora, norms or all")
     parser.add_argument("--rate", type=float, help="learning rate of the recovery, instead of its default")
-    parser.add_argument("--cross-entropy", type=float, default=0.0, help="its weight in the recovery")
+    parser.add_argument("--cross-entropy", type=float, default=1.0, help="its weight in the recovery")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds")
     parser.add_argument("--cache", type=Path, help="folder that keeps scores for the next run; default: none does")
     parser.add_argument("--out", type=Path, required=True)

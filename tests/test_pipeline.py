@@ -106,6 +106,14 @@ def test_damage_is_found_before_anything_loads(folder):
             load(str(folder))
 
 
+def test_a_device_that_is_not_here_is_named(folder):
+    assert g.load(str(folder), device="auto")[0].device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match=r"device 'tpu' must be auto, cpu, cuda, or one of several such as cuda:1"):
+        g.load(str(folder), device="tpu")
+    with pytest.raises(ValueError, match=r"device 'cuda:64': torch sees \d+ CUDA devices here"):
+        g.load(str(folder), device="cuda:64")
+
+
 @pytest.mark.parametrize("missing", ["model.safetensors", "generation_config.json"])
 def test_a_half_copied_folder_does_not_load(folder, missing):
     (folder / missing).unlink()

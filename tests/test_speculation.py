@@ -189,6 +189,13 @@ def test_processors_act_alike_in_draft_and_verify(model, settings):
         assert torch.equal(speculate(model, ids, max_new_tokens=14, **settings)[0], plain)
 
 
+def test_a_score_that_is_no_number_ends_no_draft(model):
+    """Of a forbidden end token, transformers' own penalty on lengths makes the difference of infinities."""
+    settings = dict(min_new_tokens=12, eos_token_id=7, exponential_decay_length_penalty=(0, 1.2), max_new_tokens=14)
+    plain = model.generate(tokens(1, 9), do_sample=False, **settings)
+    assert torch.equal(speculate(model, tokens(1, 9), "gates", **settings)[0], plain)
+
+
 def test_a_penalty_that_knows_each_rows_padding_acts_alike_in_draft_and_verify(model):
     ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long, device=DEVICE)
     mask[0, :4] = mask[2, :7] = 0
