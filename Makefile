@@ -17,7 +17,7 @@ test: $(VENV)/.developed
 
 # What runs on torch alone, on a CUDA device, with a Python that has torch for it: make test-gpu PYTHON=python3
 PYTHON ?= $(VENV)/bin/python
-KEPT_OUT := native native_kernels native_real matrix matrix_numbers cli readme browser report recipe text insight real
+KEPT_OUT := native native_kernels native_real matrix matrix_numbers cli readme browser report recipe text real
 test-gpu:
 	GATESKIP_TEST_DEVICE=cuda $(PYTHON) -m pytest -n 8 -p no:benchmark -m "not slow" $(KEPT_OUT:%=--ignore=tests/test_%.py)
 

@@ -10,8 +10,7 @@ What a threshold spends depends on the text, so gates are recalibrated for each 
 and measured on the others; for questions on some that are not asked, with their first choices. With --bf16 everything,
 the ungated model too, runs in autocast. With --train, gates are fitted
 and trained on these files, documents end to end, but for every fifth document: those are a held-out text of their own,
-`instructions`. Else they are fitted on text that the model writes itself. `narrow, distilled` is for --window 512,
-in which it takes fewer steps than the others: 20 minutes on 2 cores.
+`instructions`. Else they are fitted on text that the model writes itself. `narrow, distilled at 512` wants --window 512.
 
 Ours are `closed-form`, `narrow` and `distilled` with their ablations. The baselines:
 
@@ -85,6 +84,9 @@ VARIANTS: dict[str, Any] = {
     "narrow": g.GateSkip(surrogate="narrow"),
     "narrow, sensitivity": g.GateSkip(surrogate="narrow", allocation="sensitivity"),
     "narrow, distilled": g.GateSkip(
+        budget=0.7, surrogate="narrow", allocation="sensitivity", training=replace(DISTILLED, train="all", rate=1e-4)
+    ),
+    "narrow, distilled at 512": g.GateSkip(
         budget=0.7,
         surrogate="narrow",
         allocation="sensitivity",

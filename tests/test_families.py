@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, St
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, spent
 from gateskip_compress.gating.dial import decisions, dial_of
-from gateskip_compress.model import blocks, branches, linears, read_out, watch
+from gateskip_compress.model import blocks, branches, keep_softcap, linears, read_out, watch
 from gateskip_compress.quantization.linear import QuantizedLinear
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)
@@ -224,3 +224,12 @@ def test_a_missing_part_is_named(family, part, message):
 
 def test_every_family_is_tested():
     assert {config.model_type for config in FAMILY_CONFIGS.values()} == set(g.model.FAMILIES)
+
+
+def test_a_cap_on_scores_is_not_left_to_fused_kernels():
+    model, ids = tiny("gemma2"), tokens(2, 30)
+    expected = logits(model, ids)
+    model.config._attn_implementation = "sdpa"  # as transformers before 5.21 loads it
+    keep_softcap(model)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model, ids), expected)

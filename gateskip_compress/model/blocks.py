@@ -24,7 +24,7 @@ See = Callable[[int, str, Tensor, Tensor, Tensor], None]
 def keep_softcap(model: PreTrainedModel) -> None:
     """Let a family that bounds its attention scores compute them eagerly, in place.
 
-    transformers before 5.20 gives it fused kernels, which leave the bound out without a word.
+    transformers before 5.21 gives it fused kernels, which leave the bound out without a word.
     """
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.layout.softcap is not None and model.config._attn_implementation == "sdpa":
