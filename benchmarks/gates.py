@@ -10,7 +10,8 @@ What a threshold spends depends on the text, so gates are recalibrated for each 
 and measured on the others; for questions on some that are not asked, with their first choices. With --bf16 everything,
 the ungated model too, runs in autocast. With --train, gates are fitted
 and trained on these files, documents end to end, but for every fifth document: those are a held-out text of their own,
-`instructions`. Else they are fitted on text that the model writes itself. `narrow, distilled at 512` wants --window 512.
+`instructions`. Else they are fitted on text that the model writes itself. `narrow, distilled at 512` wants
+--window 512.
 
 Ours are `closed-form`, `narrow` and `distilled` with their ablations. The baselines:
 
