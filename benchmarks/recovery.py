@@ -14,15 +14,14 @@ from copy import deepcopy
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from lessons import lessons_and_held_out
+from pruning import block_parameters, cut
 
 import gateskip_compress as g
 from gateskip_compress.measure import cores, environment
-from gateskip_compress.model import blocks
-from gateskip_compress.pipeline import apply, start
+from gateskip_compress.pipeline import apply
 from gateskip_compress.step import Context
 from gateskip_compress.text import passages
 
@@ -51,16 +50,13 @@ def main() -> None:
     texts |= {Path(text).name: passages(text, tokenizer, 512, given.held_out_tokens) for text in given.text}
     whole = {name: g.evaluate(original, text).perplexity for name, text in texts.items()}
     context = Context(torch.stack([p.ids for p in lessons[: given.windows]]), passages=lessons, original=original)
-    cut = deepcopy(original)
-    start(cut, tokenizer, source="original")
-    apply(g.Prune(share=given.share, shape=given.shape), cut, context)
-    left = _parameters(cut) / _parameters(original)
+    narrow, _ = cut(original, tokenizer, {"shape": given.shape}, given.share, context)
     steps: list[g.Recover | None] = [None]
     for what, rate, weight in product(given.what, given.rates, given.cross_entropies):
         steps.append(g.Recover(given.tokens, what, given.batch, rate, weight))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        model, began = deepcopy(cut), time.perf_counter()
+        model, began = deepcopy(narrow), time.perf_counter()
         if step is not None:
             apply(step, model, context)
         seconds = time.perf_counter() - began
@@ -69,7 +65,7 @@ def main() -> None:
             "benchmark": "recovery",
             "share": given.share,
             "shape": given.shape,
-            "blocks_left": left,
+            "blocks_left": block_parameters(model) / block_parameters(original),
             "recovery": None if step is None else asdict(step),
             "perplexity_ratio": ratios,
             "seconds": seconds,
@@ -79,11 +75,6 @@ def main() -> None:
             out.write(json.dumps(row) + "\n")
         shown = ", ".join(f"{name} × {ratio:.3f}" for name, ratio in ratios.items())
         print(f"{step or 'no recovery'}: {shown}; {seconds:.0f} s", flush=True)
-
-
-def _parameters(model: Any) -> int:
-    """Of all blocks."""
-    return sum(p.numel() for block in blocks(model) for p in block.parameters())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
 from .folders import written_whole
+from .model import keep_softcap
 from .step import Stage, Transform
 from .transforms import build
 
@@ -77,6 +78,7 @@ class Manifest:
 
 def attach(model: PreTrainedModel, manifest: Manifest) -> None:
     """Let a model, in place, carry its manifest as `model.gateskip` and save itself as a checkpoint of ours."""
+    keep_softcap(model)
     model.gateskip = manifest
     model.save_pretrained = partial(save, model)
     if manifest.needs_rebuilding:

@@ -265,7 +265,8 @@ def inspect(
             folder, text, budget, out or Path("insight.html"), 1 if passage is None else passage, device, as_json
         )
         return
-    for name, value in (("budget", budget), ("out", out), ("passage", passage)):
+    elsewhere = None if device == "auto" else device
+    for name, value in (("budget", budget), ("out", out), ("passage", passage), ("device", elsewhere)):
         if value is not None:
             raise ValueError(f"--{name} {value} says how a text is looked into; give --text too")
     manifest = read_manifest(folder)

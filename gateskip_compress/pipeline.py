@@ -16,7 +16,6 @@ from .gating.calibrate import CALIBRATION_TOKENS, first_tokens
 from .gating.dial import dial_of, is_gated
 from .gating.transform import GateSkip
 from .macs import ungated_macs_per_token
-from .model import keep_softcap
 from .precision import quick_products
 from .pruning.transform import Prune
 from .quantization.transform import Quantize
@@ -172,7 +171,6 @@ def start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
     if manifest is not None and not manifest.imported:
         raise UnsupportedModel("this model is compressed already; start from the original")
     drop_gguf(model)
-    keep_softcap(model)
     model.eval()
     if manifest is not None:  # read from another library's checkpoint: what it was is all that is known
         manifest.tokenizer = tokenizer

@@ -3,8 +3,8 @@
     loss = KL(original ‖ model) + cross_entropy · CE
 
 per scored token, the model as it will run: gates at the budget it is set to. CE is that of the text's own next tokens:
-with it the model comes nearer to the original, on other texts too, in so few steps (`benchmarks/recovery.py`), and it
-may learn what the original does not know of texts like these.
+with it perplexity falls further in few steps, on other texts too (`benchmarks/recovery.py`), and the model may learn
+what the original does not know of texts like these.
 
 `all` trains every weight; `lora` adapters of the blocks' projections, which are added to them in the end; `norms` only
 norms, biases, and what gates scale and replace branches by: little memory, and the only one that may follow Quantize,

@@ -23,10 +23,8 @@ def logits(model, ids, **kwargs):
 def padded(rows, side):
     """A batch of rows of unequal lengths: ids, attention mask, positions."""
     longest = max(row.shape[1] for row in rows)
-    ids, mask = (
-        torch.zeros(len(rows), longest, dtype=torch.long, device=DEVICE),
-        torch.zeros(len(rows), longest, dtype=torch.long, device=DEVICE),
-    )
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=DEVICE)
+    mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(longest - row.shape[1], longest) if side == "left" else slice(row.shape[1])
         ids[i, place], mask[i, place] = row[0], 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, has_branch, keep_softcap, width
+from ..model import BRANCH_KINDS, blocks, check_copying, family_of, gated_mlp, has_branch, width
 from ..names import check_choice
 from ..step import Context, Record, Stage
 from .allocate import weigh
@@ -235,7 +235,6 @@ def put_in(
 ) -> None:
     """Gate all blocks of a model in place; `kv` is as in `GateSkip`, the rest as in `gate_block`."""
     family = family_of(model)
-    keep_softcap(model)
     parallel = family.parallel is not None and getattr(model.config, family.parallel)
     copying = {layer for layer, kind in gates if kv == "copy" and kind == "attention" and layer > 0}
     for layer, block in enumerate(blocks(model)):

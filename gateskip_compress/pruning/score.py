@@ -75,7 +75,7 @@ def cached_scores(model: PreTrainedModel, by: By, context: Context) -> Scores:
     """
     if context.cache is None:
         return score(model, by, context)
-    text = hashlib.sha256(context.calibration.numpy().tobytes()).hexdigest()[:16]
+    text = hashlib.sha256(context.calibration.cpu().numpy().tobytes()).hexdigest()[:16]
     path = context.cache / f"scores-{by}-{fingerprint(model)}-{text}.json"
     if not path.is_file():
         _write(path, score(model, by, context))
