@@ -35,7 +35,7 @@ def rounded(kernels, x, fine):
     """What the kernels make of activations, as float64."""
     q, rest, scale, _ = native.quantize(kernels, x, fine)
     chunks = np.repeat(scale.astype(float), 32, axis=1)
-    return ((q.astype(float) + rest.astype(float) / 254) * chunks)[:, : x.shape[1]]
+    return ((q * 254.0 + rest if fine else q) * chunks)[:, : x.shape[1]]
 
 
 def close_sums(found, weight, x, bias=0):
@@ -137,7 +137,7 @@ def test_rounding_of_activations(width, power, seed):
             for chunk in range(scale.shape[1]):
                 part = x[row, 32 * chunk : 32 * chunk + 32].astype(float)
                 step = np.abs(part).max() / 127
-                assert np.isclose(scale[row, chunk], step, rtol=1e-6, atol=0)
+                assert np.isclose(scale[row, chunk], step / 254, rtol=1e-6, atol=0)
                 for i, value in enumerate(part):
                     own = q[row, 32 * chunk + i]
                     assert abs(own * step - value) <= step * (0.5 + 1e-4)

@@ -28,7 +28,7 @@ struct AvxVnni : Avx2 {
   using Sum8 = Sum4;
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
-  static constexpr bool wide8 = false;
+  static constexpr bool paired = false;
 };
 
 }  // namespace

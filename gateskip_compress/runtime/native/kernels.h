@@ -9,11 +9,11 @@
 //   bf16, f32  for each column, one value per row
 //
 // Activations are rounded in chunks of 32 that share a scale: to 8 bits, x = scale * q, or to 16, what the first rounding
-// left being rounded once more, q + fine / 254 in place of q. With codes w, zero points z and weight scales s of a group,
+// left being rounded once more, 254 * q + fine in place of q. With codes w, zero points z and weight scales s of a group,
 //
 //   y = bias + sum over groups of s * (sum over chunks of scale * (w · q) - z * sum over chunks of scale * sum(q))
 //
-// Sums over a chunk are exact integers. Every float operation of a token is done in the same order however many tokens there are
+// Sums over a chunk are exact integers, rounded once to float. Every float operation of a token is done in the same order however many tokens there are
 // in a call, so k tokens in one call give the bits of k calls: speculation rests on it. The files are compiled without
 // contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
@@ -26,7 +26,6 @@ namespace gateskip {
 
 constexpr int kChunk = 32;       // activations that share a scale
 constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
-constexpr float kFiner = 1.0f / kCoarser;
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 
 enum class Kind { int4, int8, bf16, f32 };
@@ -45,7 +44,7 @@ struct Activations {
   float* x = nullptr;
   int8_t* q = nullptr;
   int8_t* fine = nullptr;   // or none: 8 bits
-  int16_t* wide = nullptr;  // kCoarser * q + fine, for kernels that read it
+  int16_t* wide = nullptr;  // kCoarser * q + fine; of four columns 0, 2, 1, 3; for kernels that read pairs
   float* scale = nullptr;  // per chunk
   float* sum = nullptr;    // per chunk: scale * the sum of its codes
 

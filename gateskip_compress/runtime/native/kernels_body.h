@@ -2,8 +2,9 @@
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
 // of them), bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
-// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations; and, where
-// `wide8` is true, wide, the sum of a chunk's 8-bit codes times 16-bit activations.
+// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations. Where
+// `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
+// two, pair two activations in all lanes, add_products a sum and their products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -67,7 +68,7 @@ struct Coded;
 template <class V>
 struct Coded<V, Kind::int4> {
   using Sum = typename V::Sum4;
-  static constexpr int bytes = kChunk / 2 * V::lanes;
+  static constexpr int bytes = kChunk / 2 * V::lanes, columns = 8;  // columns in a vector
   static constexpr float middle = 0;
   static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
     for (int i = 0; i < 8; i += 2, at += 4 * V::lanes) {
@@ -77,16 +78,24 @@ struct Coded<V, Kind::int4> {
     }
     return at;
   }
+  template <int i>
+  static typename V::I pairs(const uint8_t* at) {
+    return V::template pairs4<i>(at);
+  }
 };
 
 template <class V>
 struct Coded<V, Kind::int8> {
   using Sum = typename V::Sum8;
-  static constexpr int bytes = kChunk * V::lanes;
+  static constexpr int bytes = kChunk * V::lanes, columns = 4;
   static constexpr float middle = V::middle8;
   static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
     for (int i = 0; i < 8; ++i, at += 4 * V::lanes) codes[i] = V::codes8(at);
     return at;
+  }
+  template <int i>
+  static typename V::I pairs(const uint8_t* at) {
+    return V::template pairs8<i>(at);
   }
 };
 
@@ -98,16 +107,12 @@ inline F<V> codes_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
   return sum.value();
 }
 
-// The same with a token's fine codes, in steps of its scale.
+// The same with a token's fine codes.
 template <class V, Kind K, bool fine>
 inline F<V> chunk_dot(const typename V::Codes (&codes)[8], const Activations& a, size_t place) {
-  if constexpr (K == Kind::int8 && fine && V::wide8) {
-    return V::wide(codes, a.wide + place * kChunk) * V::set(kFiner);
-  } else {
-    const F<V> dot = codes_dot<V, K>(codes, a.q + place * kChunk);
-    if constexpr (!fine) return dot;
-    return V::fma(codes_dot<V, K>(codes, a.fine + place * kChunk), V::set(kFiner), dot);
-  }
+  const F<V> dot = codes_dot<V, K>(codes, a.q + place * kChunk);
+  if constexpr (!fine) return dot;
+  return V::fma(dot, V::set(kCoarser), codes_dot<V, K>(codes, a.fine + place * kChunk));
 }
 
 // One block of rows times T tokens. The chunk's codes stay in registers while the tokens pass.
@@ -139,6 +144,41 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
   }
 }
 
+// The same for 16-bit activations as they are. The tokens' sums stay in registers while the chunk's codes pass.
+template <class V, Kind K, int T>
+inline void paired_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
+  using C = Coded<V, K>;
+  const int chunks = (m.columns + kChunk - 1) / kChunk, per_group = m.group / kChunk;
+  size_t from[T];
+  unrolled<T>([&](auto t) { from[t] = size_t(tokens[t]) * a.chunks(); });
+  for (int chunk = 0; chunk < chunks;) {
+    const F<V> s = V::load(reinterpret_cast<const float*>(at));
+    const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
+    at += 5 * V::lanes;
+    F<V> part[T];
+    float shift[T];
+    unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
+    const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
+    for (; chunk < end; ++chunk, at += C::bytes) {
+      for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
+      const int16_t* x[T];
+      typename V::I sum[T];
+      unrolled<T>([&](auto t) { x[t] = a.wide + (from[t] + chunk) * kChunk, sum[t] = typename V::I{}; });
+      unrolled<kChunk / C::columns>([&](auto v) {
+        unrolled<C::columns / 2>([&](auto i) {
+          const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
+          unrolled<T>([&](auto t) { sum[t] = V::add_products(sum[t], w, V::pair(x[t] + C::columns * v + 2 * i)); });
+        });
+      });
+      unrolled<T>([&](auto t) {
+        part[t] = V::fma(V::whole(sum[t]), V::set(a.scale[from[t] + chunk]), part[t]);
+        shift[t] += a.sum[from[t] + chunk];
+      });
+    }
+    unrolled<T>([&](auto t) { y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]); });
+  }
+}
+
 // Four sums a token, so that one addition need not wait for the last.
 template <class V, Kind K, int T>
 inline void float_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
@@ -158,17 +198,22 @@ inline void float_block(const Matrix& m, const uint8_t* at, const Activations& a
   for (int t = 0; t < T; ++t) y[t] = y[t] + ((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
 }
 
-template <class V, Kind K, int T>
+template <Kind K>
+constexpr bool coded = K == Kind::int4 || K == Kind::int8;
+
+template <class V, Kind K, bool fine, int T>
 inline void block_times(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
                         size_t stride) {
   const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
   const int row = block * V::lanes;
   F<V> y[T];
   for (int t = 0; t < T; ++t) y[t] = m.bias ? V::load(m.bias + row) : V::set(0);
-  if constexpr (K == Kind::int4 || K == Kind::int8)
-    a.fine ? coded_block<V, K, T, true>(m, at, a, tokens, y) : coded_block<V, K, T, false>(m, at, a, tokens, y);
-  else
+  if constexpr (!coded<K>)
     float_block<V, K, T>(m, at, a, tokens, y);
+  else if constexpr (fine && V::paired)
+    paired_block<V, K, T>(m, at, a, tokens, y);
+  else
+    coded_block<V, K, T, fine>(m, at, a, tokens, y);
   for (int t = 0; t < T; ++t) {
     float* to = out + tokens[t] * stride + row;
     if (row + V::lanes <= m.rows) {
@@ -181,16 +226,16 @@ inline void block_times(const Matrix& m, int block, const Activations& a, const 
   }
 }
 
-template <class V, Kind K>
+template <class V, Kind K, bool fine>
 void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
                    size_t stride) {
   for (int block = begin; block < end; ++block) {
     int t = 0;
-    for (; t + 4 <= count; t += 4) block_times<V, K, 4>(m, block, a, tokens + t, out, stride);
+    for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out, stride);
     switch (count - t) {
-      case 3: block_times<V, K, 3>(m, block, a, tokens + t, out, stride); break;
-      case 2: block_times<V, K, 2>(m, block, a, tokens + t, out, stride); break;
-      case 1: block_times<V, K, 1>(m, block, a, tokens + t, out, stride); break;
+      case 3: block_times<V, K, fine, 3>(m, block, a, tokens + t, out, stride); break;
+      case 2: block_times<V, K, fine, 2>(m, block, a, tokens + t, out, stride); break;
+      case 1: block_times<V, K, fine, 1>(m, block, a, tokens + t, out, stride); break;
     }
   }
 }
@@ -198,11 +243,17 @@ void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, co
 template <class V>
 void multiply(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
               size_t stride) {
+  const auto of_kind = [&](auto kind) {
+    constexpr Kind K = decltype(kind)::value;
+    if constexpr (coded<K>)
+      if (a.fine) return multiply_kind<V, K, true>(m, begin, end, a, tokens, count, out, stride);
+    multiply_kind<V, K, false>(m, begin, end, a, tokens, count, out, stride);
+  };
   switch (m.kind) {
-    case Kind::int4: return multiply_kind<V, Kind::int4>(m, begin, end, a, tokens, count, out, stride);
-    case Kind::int8: return multiply_kind<V, Kind::int8>(m, begin, end, a, tokens, count, out, stride);
-    case Kind::bf16: return multiply_kind<V, Kind::bf16>(m, begin, end, a, tokens, count, out, stride);
-    case Kind::f32: return multiply_kind<V, Kind::f32>(m, begin, end, a, tokens, count, out, stride);
+    case Kind::int4: return of_kind(std::integral_constant<Kind, Kind::int4>());
+    case Kind::int8: return of_kind(std::integral_constant<Kind, Kind::int8>());
+    case Kind::bf16: return of_kind(std::integral_constant<Kind, Kind::bf16>());
+    case Kind::f32: return of_kind(std::integral_constant<Kind, Kind::f32>());
   }
 }
 
@@ -245,16 +296,20 @@ void quantize(const Activations& a, int token, int begin, int end) {
     V::store(lane, most);
     for (float value : lane) top = value > top ? value : top;
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
-    const float scale = top / 127 + total<V>(poison);
-    float sum = static_cast<float>(round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk));
+    float scale = top / 127 + total<V>(poison);
+    int sum = round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk);
     if (a.fine) {
-      sum += kFiner * static_cast<float>(round_chunk<V>(x, 1 / kFiner, a.fine + place * kChunk));
-      if constexpr (V::wide8)
-        for (size_t i = place * kChunk; i < (place + 1) * kChunk; ++i)
-          a.wide[i] = static_cast<int16_t>(kCoarser * a.q[i] + a.fine[i]);
+      scale /= kCoarser;
+      sum = kCoarser * sum + round_chunk<V>(x, kCoarser, a.fine + place * kChunk);
+      if constexpr (V::paired)
+        for (size_t four = place * kChunk; four < (place + 1) * kChunk; four += 4)
+          for (int i = 0; i < 4; ++i) {
+            const size_t column = four + (i == 1 ? 2 : i == 2 ? 1 : i);
+            a.wide[four + i] = static_cast<int16_t>(kCoarser * a.q[column] + a.fine[column]);
+          }
     }
     a.scale[place] = scale;
-    a.sum[place] = scale * sum;
+    a.sum[place] = scale * static_cast<float>(sum);
   }
 }
 

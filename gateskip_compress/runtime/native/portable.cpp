@@ -67,7 +67,7 @@ struct Portable {
   };
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
-  static constexpr bool wide8 = false;
+  static constexpr bool paired = false;
 };
 
 }  // namespace

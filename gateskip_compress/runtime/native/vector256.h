@@ -23,6 +23,7 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
   }
   static F f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F whole(I v) { return _mm256_cvtepi32_ps((__m256i)v); }
   static F bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -36,11 +37,16 @@ struct Avx2 {
     std::memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
   }
+  // GCC would add up in a tree, whose leaves are more than there are registers.
+  static __m256i in_order(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+  }
   // 16-bit sums: 8 products of two columns are at most 8 * 2 * 15 * 127 = 30480.
   struct Sum4 {
     __m256i sum;
     Sum4() : sum(_mm256_setzero_si256()) {}
-    void add(__m256i w, __m256i q) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q)); }
+    void add(__m256i w, __m256i q) { sum = in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q))); }
     F value() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
   };
   static constexpr float middle8 = 128;
@@ -55,18 +61,25 @@ struct Avx2 {
     }
     F value() const { return _mm256_cvtepi32_ps(sum); }
   };
-  // Sums of two columns each for rows 0 to 3 and 4 to 7: 8 times 2 products of 128 * 32385 at most fit 32 bits.
-  static constexpr bool wide8 = true;
-  static F wide(const Codes (&codes)[8], const int16_t* x) {
-    __m256i near = _mm256_setzero_si256(), far = near;
-    for (int i = 0; i < 8; ++i) {
-      int64_t four;
-      std::memcpy(&four, x + 4 * i, 8);
-      const __m256i q = _mm256_set1_epi64x(four);
-      near = _mm256_add_epi32(near, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(codes[i])), q));
-      far = _mm256_add_epi32(far, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(codes[i], 1)), q));
-    }
-    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(near, far), 0xd8));
+  // Two columns' codes of each row, in 16 bits: 0 and 2, then 1 and 3 of the first four, then of those in high halves.
+  static constexpr bool paired = true;
+  template <int i>
+  static I pairs4(const uint8_t* p) {
+    const __m256i shifted = i == 0 ? codes(p) : _mm256_srli_epi16(codes(p), i == 1 ? 8 : i == 2 ? 4 : 12);
+    return (I)(i == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15)));
+  }
+  template <int i>
+  static I pairs8(const uint8_t* p) {
+    return (I)_mm256_srai_epi16(i == 0 ? _mm256_slli_epi16(codes8(p), 8) : codes8(p), 8);
+  }
+  static I pair(const int16_t* x) {
+    int32_t two;
+    std::memcpy(&two, x, 4);
+    return (I)_mm256_set1_epi32(two);
+  }
+  // A chunk's sum, 32 products of 128 * 32385 at most, fits 32 bits.
+  static I add_products(I sum, I w, I x) {
+    return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x)));
   }
 };
 
