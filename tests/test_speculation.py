@@ -190,16 +190,20 @@ def test_processors_act_alike_in_draft_and_verify(model, settings):
 
 
 class NoNumber(LogitsProcessor):
-    """After some tokens, as transformers' penalty on lengths makes of a forbidden end token by infinities."""
+    """After so many tokens, as transformers' penalty on lengths makes of a forbidden end token by infinities."""
+
+    def __init__(self, after):
+        self.after = after
 
     def __call__(self, input_ids, scores):
-        if input_ids.shape[1] < 13:
+        if input_ids.shape[1] < self.after:
             return scores
         return scores.index_fill(1, torch.tensor([9], device=DEVICE), torch.nan)
 
 
-def test_a_score_that_is_no_number_ends_no_draft(model):
-    settings = dict(logits_processor=[NoNumber()], max_new_tokens=14)
+@pytest.mark.parametrize("after", [9, 13])
+def test_a_score_that_is_no_number_ends_no_draft(model, after):
+    settings = dict(logits_processor=[NoNumber(after)], max_new_tokens=14)
     plain = model.generate(tokens(1, 9), do_sample=False, **settings)
     found, counts = speculate(model, tokens(1, 9), "gates", **settings)
     assert counts.drafted > 0

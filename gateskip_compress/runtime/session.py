@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import control_of
-from ..speculation.decode import extend, side_by_side
+from ..speculation.decode import side_by_side
 from ..speculation.scores import check_processors, of_rows
 from ..speculation.transform import SelfSpeculation, settings_of
 from .extension import extension
@@ -94,7 +94,7 @@ class Session(Lowered):
                 control = control_of(self.model, settings, len(input_ids), runtime="native")
                 speculator = Speculator(self, control, counts, sampled=sampled)
                 texts = self._texts(input_ids, padding, logits_processor)
-                grown = _follow(speculator, texts, input_ids, stopping_criteria, streamer)
+                grown = _follow(speculator, texts, stopping_criteria, streamer)
                 return side_by_side(grown, generation_config)
             prompts = [row[hidden:].numpy() for row, hidden in zip(input_ids, padding, strict=True)]
             processed = sampled or len(logits_processor) > 0
@@ -174,23 +174,28 @@ def _torch_in_one_thread() -> Iterator[None]:
 
 
 def _follow(
-    speculator: Speculator,
-    going: list[Text],
-    ids: Int[Tensor, "b t"],
-    stopping: StoppingCriteriaList,
-    streamer: BaseStreamer | None,
+    speculator: Speculator, texts: list[Text], stopping: StoppingCriteriaList, streamer: BaseStreamer | None
 ) -> list[Int[Tensor, " _"]]:
     """Texts as they end, round by round; those that have ended wait for nobody."""
-    grown = list(ids)
+    going = texts
     while going:
-        ended = []
-        for text, new in zip(going, speculator.round(going), strict=True):
-            grown[text.row], ends = extend(grown[text.row], torch.tensor(new), stopping, streamer)
-            ended.append(ends)
-        going = [text for text, ends in zip(going, ended, strict=True) if not ends]
+        new = speculator.round(going)
+        going = [t for t, tokens in zip(going, new, strict=True) if not _ends(t, len(tokens), stopping, streamer)]
     if streamer is not None:
         streamer.end()
-    return grown
+    return [text.upto(0)[0] for text in texts]
+
+
+def _ends(text: Text, new: int, stopping: StoppingCriteriaList, streamer: BaseStreamer | None) -> bool:
+    """Whether one of a text's last tokens ends it; what comes after that one goes."""
+    for length in range(text.length - new + 1, text.length + 1):
+        text.length = length
+        ids = text.upto(0)
+        if streamer is not None:
+            streamer.put(ids[0, -1:])
+        if bool(stopping(ids, None)[0]):  # pyright: ignore[reportArgumentType] as transformers does
+            return True
+    return False
 
 
 def _padding(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[int]:

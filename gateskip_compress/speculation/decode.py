@@ -105,7 +105,7 @@ def self_speculative(
     while True:
         ends = []
         for row, tokens in zip(active, new, strict=True):
-            texts[row], ended = extend(texts[row], tokens, stopping_criteria, streamer)
+            texts[row], ended = _extend(texts[row], tokens, stopping_criteria, streamer)
             ends.append(ended)
         if all(ends):
             break
@@ -244,7 +244,7 @@ def _last(texts: Sequence[Tensor]) -> Int[Tensor, "b 1"]:
     return torch.stack([text[-1:] for text in texts])
 
 
-def extend(
+def _extend(
     text: Int[Tensor, " t"],
     tokens: Int[Tensor, " n"],
     stopping_criteria: StoppingCriteriaList,
