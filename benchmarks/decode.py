@@ -134,7 +134,7 @@ def measure(scratch: Path) -> None:
     bandwidth = extension().read_bandwidth(threads, 512, 9)
     text = _tokens(given.text, tokenizer, max(given.prompts) + 2 * given.runs + 2 + APART * given.batch)
     given.out.parent.mkdir(exist_ok=True)
-    with given.out.open("a") as out:
+    with given.out.open("a", buffering=1) as out:
         for length in given.prompts:
             rows = _measure(contestants, text, length, given.new_tokens, given.batch, given.runs)
             for row in rows:

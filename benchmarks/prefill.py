@@ -82,7 +82,7 @@ def main() -> None:
                 if run > 0:
                     samples[name].append(seconds)
     given.out.parent.mkdir(exist_ok=True)
-    with given.out.open("a") as out:
+    with given.out.open("a", buffering=1) as out:
         for name, seconds in samples.items():
             row = {
                 "benchmark": "prefill",

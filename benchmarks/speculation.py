@@ -77,7 +77,7 @@ def main() -> None:
     native = given.runtime == "native"
     longest = given.prompt_tokens + given.new_tokens + LONGEST + RUNS
     session = runtime.lower(model, context_tokens=longest) if native else None
-    with given.out.open("a") as out, unpacked(model), budget(model, given.budget):
+    with given.out.open("a", buffering=1) as out, unpacked(model), budget(model, given.budget):
         common = {"benchmark": "speculation", "model": Path(given.model).name, "batch": 1, **environment(model)}
         common |= {"runtime": given.runtime if session is None else f"native, {session.kernels}"}
         common |= {"verify_budget": dial_of(model).budget, "new_tokens": given.new_tokens}
