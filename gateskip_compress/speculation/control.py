@@ -7,8 +7,8 @@ maximises tokens by time. Chances are counted by evidence that is there before a
 own confidence, or how long a passage was found again.
 
 What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may try
-again as long as the debts of its kind, gates or passages, are below half a step and 0.5 % of the tokens so far: over
-some hundred tokens and more, what is tried in vain costs a hundredth of the time. None of this can
+again as long as the debts of its kind, gates or passages, are below half a step and 1 % of the tokens so far: over
+some hundred tokens and more, what is tried in vain costs some hundredth of the time. None of this can
 change the text, or its distribution where it is sampled: it looks at tokens before the one in question, never at that
 one.
 """
@@ -28,7 +28,7 @@ from .transform import SelfSpeculation
 
 _PATIENCE = 64
 """Tokens after which a plain step renews the yardstick."""
-_FIRST_LOSS, _LOSS = 0.5, 0.005
+_FIRST_LOSS, _LOSS = 0.5, 0.01
 _KEEP_ROUND, _KEEP_VERIFY, _KEEP_ODDS = 0.8, 0.97, 0.99
 """What a new observation leaves of the older ones' weight."""
 _TRIALS = 2
