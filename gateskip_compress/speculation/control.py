@@ -8,9 +8,8 @@ own confidence, or how long a passage was found again.
 
 What a drafter loses against plain steps is its debt, which only its own gains pay back. A drafter that loses may try
 again as long as the debts of its kind, gates or passages, are below half a step and 1 % of the tokens so far: over
-some hundred tokens and more, what is tried in vain costs some hundredth of the time. None of this can
-change the text, or its distribution where it is sampled: it looks at tokens before the one in question, never at that
-one.
+some hundred tokens and more, what is tried in vain costs some hundredth of the time. None of this can change the text,
+or its distribution where it is sampled: it looks at tokens before the one in question, never at that one.
 """
 
 import time
