@@ -135,7 +135,7 @@ def session(small):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("cache", ["f16", "f32"])
+@pytest.mark.parametrize("cache", ["f16", "f32", "int8"])
 @pytest.mark.parametrize("activations", [8, 16])
 def test_tokens_together_give_the_bits_of_tokens_one_by_one(small, kernels, cache, activations):
     ids = tokens(1, 40)[0]

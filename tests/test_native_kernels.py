@@ -174,7 +174,15 @@ def test_silu_far_out_is_finite(kernels):
     np.testing.assert_allclose(found, [0, 0, 0, 90, 200, 1e30], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
+def _as_kept(part, element):
+    """Keys or values, by position, as a cache of such elements keeps them."""
+    if element == "int8":
+        most = np.abs(part).max(axis=1, keepdims=True)
+        return np.rint(part * (np.float32(127) / most)).astype(float) * (most / np.float32(127))
+    return part.astype(np.float16 if element == "f16" else np.float32).astype(float)
+
+
+@pytest.mark.parametrize("element", ["f32", "f16", "int8"])
 @given(
     seen=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     sixteens=st.integers(1, 9),
@@ -182,13 +190,13 @@ def test_silu_far_out_is_finite(kernels):
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=25, deadline=None)
-def test_attention(half, seen, sixteens, sharp, seed):
+def test_attention(element, seen, sixteens, sharp, seed):
     rng, d, positions = np.random.default_rng(seed), 16 * sixteens, max(seen)
     query = (sharp * rng.standard_normal((len(seen), d))).astype(np.float32)
     keys, values = (rng.standard_normal((positions, d)).astype(np.float32) for _ in range(2))
-    kept = [part.astype(np.float16).astype(float) if half else part.astype(float) for part in (keys, values)]
+    kept = [_as_kept(part, element) for part in (keys, values)]
     for kernels in KERNELS:
-        found = native.attend(kernels, query, keys, values, np.array(seen, dtype=np.int32), half)
+        found = native.attend(kernels, query, keys, values, np.array(seen, dtype=np.int32), element)
         for i, limit in enumerate(seen):
             score = kept[0][:limit] @ query[i].astype(float)
             weight = np.exp(score - score.max())
@@ -197,7 +205,7 @@ def test_attention(half, seen, sixteens, sharp, seed):
             expected = weight / weight.sum() @ kept[1][:limit]
             np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
         alone = [
-            native.attend(kernels, query[i : i + 1], keys, values, np.array([limit], dtype=np.int32), half)[0]
+            native.attend(kernels, query[i : i + 1], keys, values, np.array([limit], dtype=np.int32), element)[0]
             for i, limit in enumerate(seen)
         ]
         assert np.array_equal(found, np.stack(alone)), kernels

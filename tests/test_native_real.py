@@ -25,12 +25,17 @@ def test_the_likeliest_token_is_the_same_and_logits_differ_by_the_heads_rounding
     texts = [passage.ids for passage in passages(TEXT, tokenizer, 512, 2100)]
     with unpacked(model):
         expected = torch.cat([model(ids[None]).logits[0] for ids in texts])
-    for head, most in (("int8", 0.015), ("f32", 0.0015)):  # shares of the logits' spread
-        session = runtime.lower(model, context_tokens=512, head=head)
+    # errors are shares of the logits' spread; a cache of 8 bits costs some agreement
+    for head, cache, least, most in (
+        ("int8", "f16", 0.995, 0.015),
+        ("f32", "f16", 0.995, 0.0015),
+        ("f32", "int8", 0.98, 0.035),
+    ):
+        session = runtime.lower(model, context_tokens=512, head=head, cache=cache)
         found = torch.cat([logits_of(session, ids.numpy()) for ids in texts])
         same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
         assert len(found) >= 2000
-        assert same >= 0.995, (head, same)
+        assert same >= least, (head, cache, same)
         assert (found - expected).square().mean().sqrt() / expected.std() < most
 
 

@@ -25,7 +25,7 @@ from .packed import PackedFile
 from .release import check_weights, free, own_what_is_left, refuse_without_weights
 from .session import Session
 
-Half = Literal["f16", "f32"]
+Cache = Literal["f16", "f32", "int8"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -38,7 +38,7 @@ def lower(
     threads: int | None = None,
     floats: Floats = "bf16",
     head: Head = "int8",
-    cache: Half = "f16",
+    cache: Cache = "f16",
     activation_bits: int = 16,
     kernels: str | None = None,
     beside: Path | None = None,
@@ -53,7 +53,8 @@ def lower(
         threads: None is one for each core.
         floats: How projections that are not quantized, and `lowrank` surrogates, are kept.
         head: How the output head is kept. With `int8`, the largest logits are computed again from its float rows.
-        cache: How keys and values are kept.
+        cache: How keys and values are kept. `int8`, with a scale for each position and head, halves a long cache and
+            what is read of it.
         activation_bits: Of what meets quantized weights: 16 is as exact as the float path and costs one token nothing,
             since the weights must be read all the same; 8 is faster on prompts.
         kernels: Of `kernel_names()`; None is the fastest that fits.
@@ -69,7 +70,7 @@ def lower(
         ValueError: an argument is out of its range.
     """
     native = extension()
-    for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Half)):
+    for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Cache)):
         check_choice(name, value, get_args(known))
     check_weights(model)
     check_lowerable(model, context_tokens)
@@ -78,7 +79,7 @@ def lower(
     check_choice("activation_bits", activation_bits, (8, 16))
     used = _checked_threads(threads)
     shape = _shape(native.Shape(), model, context_tokens, rows)
-    shape.half_cache, shape.fine = cache == "f16", activation_bits == 16
+    shape.element, shape.fine = cache, activation_bits == 16
     fitting = _fitting(native, kernels, shape.head_dim)
     file = PackedFile() if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
     pack = Packer(fitting, floats, file)

@@ -38,6 +38,9 @@ struct Avx512 {
   static F bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static F signed_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
 
   using Codes = __m512i;
   static Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -41,6 +41,13 @@ Kind kind_named(const std::string& name) {
   throw py::value_error("kind '" + name + "' must be int4, int8, bf16 or f32");
 }
 
+Element element_named(const std::string& name) {
+  if (name == "f32") return Element::f32;
+  if (name == "f16") return Element::f16;
+  if (name == "int8") return Element::int8;
+  throw py::value_error("elements '" + name + "' must be f32, f16 or int8");
+}
+
 // A matrix and the arrays that hold its weights.
 struct HeldMatrix : Matrix {
   Bytes packed;
@@ -178,31 +185,25 @@ Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
 }
 
 // Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the first seen[i] positions.
-Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen, bool half) {
+Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen,
+              const std::string& element) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
             positions = static_cast<int>(keys.shape(0)), room = padded(positions, run.lanes);
   check(count <= kMostQueries, "at most 4 queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
-  std::vector<float> k(size_t(room) * d), v(size_t(room) * d), scores(size_t(room) * kMostQueries);
-  std::vector<uint16_t> k16(k.size()), v16(v.size());
-  for (int p = 0; p < positions; ++p)
-    for (int i = 0; i < d; ++i) {
-      k[(size_t(p / run.lanes) * d + i) * run.lanes + p % run.lanes] = keys.at(p, i);
-      v[size_t(p) * d + i] = values.at(p, i);
-    }
-  std::transform(k.begin(), k.end(), k16.begin(), to_f16);
-  std::transform(v.begin(), v.end(), v16.begin(), to_f16);
+  std::vector<float> scores(size_t(room) * kMostQueries);
+  Cache k(element_named(element), 1, positions, d, run.lanes), v(element_named(element), 1, positions, d, 1);
+  for (int p = 0; p < positions; ++p) k.write(0, p, keys.data(p, 0)), v.write(0, p, values.data(p, 0));
   Floats out({count, d});
   Queries to;
   to.count = count, to.head_dim = d, to.scores = scores.data(), to.room = room;
-  to.keys = half ? static_cast<const void*>(k16.data()) : k.data();
-  to.values = half ? static_cast<const void*>(v16.data()) : v.data();
+  to.keys = k.elements(0), to.key_scales = k.scales(0), to.values = v.elements(0), to.value_scales = v.scales(0);
   for (int i = 0; i < count; ++i) {
     check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
     to.query[i] = query.data(i, 0), to.out[i] = out.mutable_data(i, 0), to.seen[i] = seen.at(i);
   }
-  run.attend(to, half);
+  run.attend(to, element_named(element));
   return out;
 }
 
@@ -395,11 +396,10 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("rotated", &Shape::rotated)
       .def_readwrite("eps", &Shape::eps)
       .def_readwrite("scale", &Shape::scale)
-      .def_readwrite("half_cache", &Shape::half_cache)
+      .def_property("element", nullptr, [](Shape& shape, const std::string& name) { shape.element = element_named(name); })
       .def_readwrite("fine", &Shape::fine);
   py::class_<HeldModel>(m, "Model")
       .def(py::init<const Shape&, const std::string&, int>())
       .def("finish", &HeldModel::finish)
-      .def("run", &HeldModel::run)
-      .def_property_readonly("cache_bytes", [](const HeldModel& held) { return 2 * held.model.cache_bytes(); });
+      .def("run", &HeldModel::run);
 }

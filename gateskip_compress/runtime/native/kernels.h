@@ -13,9 +13,9 @@
 //
 //   y = bias + sum over groups of s * (sum over chunks of scale * (w · q) - z * sum over chunks of scale * sum(q))
 //
-// Sums over a chunk are exact integers, rounded once to float. Every float operation of a token is done in the same order however many tokens there are
-// in a call, so k tokens in one call give the bits of k calls: speculation rests on it. The files are compiled without
-// contraction of a * b + c, which would leave that order to the compiler.
+// Sums over a chunk are exact integers, rounded once to float. Every float operation of a token is done in the same order
+// however many tokens there are in a call, so k tokens in one call give the bits of k calls: speculation rests on it.
+// The files are compiled without contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,10 @@ namespace gateskip {
 constexpr int kChunk = 32;       // activations that share a scale
 constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
+constexpr int kMostLanes = 16;   // of all kernels
 
 enum class Kind { int4, int8, bf16, f32 };
+enum class Element { f32, f16, int8 };  // of remembered keys and values
 
 // Packed weights (see `pack.h`); the memory belongs to someone else.
 struct Matrix {
@@ -53,13 +55,14 @@ struct Activations {
 };
 
 // Queries that read the same keys and values. Keys lie in blocks of `lanes` positions, [block][head_dim][lanes]; values
-// lie by position, [position][head_dim]. Elements are f16 or float.
+// lie by position, [position][head_dim]. Elements of 8 bits are times their position's scale.
 struct Queries {
   int count;                                // 1..kMostQueries
   const float* query[kMostQueries];         // already scaled
   float* out[kMostQueries];                 // head_dim each
   int seen[kMostQueries];                   // positions that the query sees: 0 .. seen - 1
   const void *keys, *values;
+  const float *key_scales, *value_scales;  // by position; or none
   int head_dim;
   float* scores;  // room for kMostQueries rows of `room`, a multiple of lanes and at least every `seen`
   size_t room;
@@ -79,7 +82,7 @@ struct Kernels {
   float (*dot)(const float* x, const float* y, int width);
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int width);
-  void (*attend)(const Queries&, bool half);
+  void (*attend)(const Queries&, Element);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,7 +1,7 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
-// of them), bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
+// of them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
 // in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations. Where
 // `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
 // two, pair two activations in all lanes, add_products a sum and their products, and whole floats of integers.
@@ -70,13 +70,12 @@ struct Coded<V, Kind::int4> {
   using Sum = typename V::Sum4;
   static constexpr int bytes = kChunk / 2 * V::lanes, columns = 8;  // columns in a vector
   static constexpr float middle = 0;
-  static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
-    for (int i = 0; i < 8; i += 2, at += 4 * V::lanes) {
-      const auto both = V::codes(at);
+  static void load(const uint8_t* at, typename V::Codes (&codes)[8]) {
+    for (int i = 0; i < 8; i += 2) {
+      const auto both = V::codes(at + 2 * i * V::lanes);
       codes[i] = V::low(both);
       codes[i + 1] = V::high(both);
     }
-    return at;
   }
   template <int i>
   static typename V::I pairs(const uint8_t* at) {
@@ -89,9 +88,8 @@ struct Coded<V, Kind::int8> {
   using Sum = typename V::Sum8;
   static constexpr int bytes = kChunk * V::lanes, columns = 4;
   static constexpr float middle = V::middle8;
-  static const uint8_t* load(const uint8_t* at, typename V::Codes (&codes)[8]) {
-    for (int i = 0; i < 8; ++i, at += 4 * V::lanes) codes[i] = V::codes8(at);
-    return at;
+  static void load(const uint8_t* at, typename V::Codes (&codes)[8]) {
+    for (int i = 0; i < 8; ++i) codes[i] = V::codes8(at + 4 * i * V::lanes);
   }
   template <int i>
   static typename V::I pairs(const uint8_t* at) {
@@ -107,50 +105,42 @@ inline F<V> codes_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
   return sum.value();
 }
 
-// The same with a token's fine codes.
-template <class V, Kind K, bool fine>
-inline F<V> chunk_dot(const typename V::Codes (&codes)[8], const Activations& a, size_t place) {
-  const F<V> dot = codes_dot<V, K>(codes, a.q + place * kChunk);
-  if constexpr (!fine) return dot;
-  return V::fma(dot, V::set(kCoarser), codes_dot<V, K>(codes, a.fine + place * kChunk));
+// The same for T tokens, `fine` codes too. Either the chunk's codes stay in registers while the tokens pass, or, for
+// 16-bit activations as they are, the tokens' sums while the codes pass.
+template <class V, Kind K, int T, bool fine>
+inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const Activations& a,
+                                                      const size_t (&places)[T], F<V> (&dots)[T]) {
+  using C = Coded<V, K>;
+  if constexpr (fine && V::paired) {
+    typename V::I sum[T];
+    unrolled<T>([&](auto t) { sum[t] = typename V::I{}; });
+    unrolled<kChunk / C::columns>([&](auto v) {
+      unrolled<C::columns / 2>([&](auto i) {
+        const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
+        unrolled<T>([&](auto t) {
+          sum[t] = V::add_products(sum[t], w, V::pair(a.wide + places[t] * kChunk + C::columns * v + 2 * i));
+        });
+      });
+    });
+    unrolled<T>([&](auto t) { dots[t] = V::whole(sum[t]); });
+  } else {
+    typename V::Codes codes[8];
+    C::load(at, codes);
+    unrolled<T>([&](auto t) {
+      dots[t] = codes_dot<V, K>(codes, a.q + places[t] * kChunk);
+      if constexpr (fine)
+        dots[t] = V::fma(dots[t], V::set(kCoarser), codes_dot<V, K>(codes, a.fine + places[t] * kChunk));
+    });
+  }
 }
 
-// One block of rows times T tokens. The chunk's codes stay in registers while the tokens pass.
+// One block of rows times T tokens.
 template <class V, Kind K, int T, bool fine>
 inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
   using C = Coded<V, K>;
   const int chunks = (m.columns + kChunk - 1) / kChunk, per_group = m.group / kChunk;
-  size_t from[T];
-  unrolled<T>([&](auto t) { from[t] = size_t(tokens[t]) * a.chunks(); });
-  for (int chunk = 0; chunk < chunks;) {
-    const F<V> s = V::load(reinterpret_cast<const float*>(at));
-    const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
-    at += 5 * V::lanes;
-    F<V> part[T];
-    float shift[T];
-    unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
-    const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
-    for (; chunk < end; ++chunk) {
-      typename V::Codes codes[8];
-      for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
-      at = C::load(at, codes);
-      unrolled<T>([&](auto t) {
-        const size_t place = from[t] + chunk;
-        part[t] = V::fma(chunk_dot<V, K, fine>(codes, a, place), V::set(a.scale[place]), part[t]);
-        shift[t] += a.sum[place];
-      });
-    }
-    unrolled<T>([&](auto t) { y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]); });
-  }
-}
-
-// The same for 16-bit activations as they are. The tokens' sums stay in registers while the chunk's codes pass.
-template <class V, Kind K, int T>
-inline void paired_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
-  using C = Coded<V, K>;
-  const int chunks = (m.columns + kChunk - 1) / kChunk, per_group = m.group / kChunk;
-  size_t from[T];
-  unrolled<T>([&](auto t) { from[t] = size_t(tokens[t]) * a.chunks(); });
+  size_t places[T];
+  unrolled<T>([&](auto t) { places[t] = size_t(tokens[t]) * a.chunks(); });
   for (int chunk = 0; chunk < chunks;) {
     const F<V> s = V::load(reinterpret_cast<const float*>(at));
     const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
@@ -161,18 +151,11 @@ inline void paired_block(const Matrix& m, const uint8_t* at, const Activations& 
     const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
     for (; chunk < end; ++chunk, at += C::bytes) {
       for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
-      const int16_t* x[T];
-      typename V::I sum[T];
-      unrolled<T>([&](auto t) { x[t] = a.wide + (from[t] + chunk) * kChunk, sum[t] = typename V::I{}; });
-      unrolled<kChunk / C::columns>([&](auto v) {
-        unrolled<C::columns / 2>([&](auto i) {
-          const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
-          unrolled<T>([&](auto t) { sum[t] = V::add_products(sum[t], w, V::pair(x[t] + C::columns * v + 2 * i)); });
-        });
-      });
+      F<V> dots[T];
+      chunk_dots<V, K, T, fine>(at, a, places, dots);
       unrolled<T>([&](auto t) {
-        part[t] = V::fma(V::whole(sum[t]), V::set(a.scale[from[t] + chunk]), part[t]);
-        shift[t] += a.sum[from[t] + chunk];
+        part[t] = V::fma(dots[t], V::set(a.scale[places[t]]), part[t]);
+        shift[t] += a.sum[places[t]++];
       });
     }
     unrolled<T>([&](auto t) { y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]); });
@@ -210,8 +193,6 @@ inline void block_times(const Matrix& m, int block, const Activations& a, const 
   for (int t = 0; t < T; ++t) y[t] = m.bias ? V::load(m.bias + row) : V::set(0);
   if constexpr (!coded<K>)
     float_block<V, K, T>(m, at, a, tokens, y);
-  else if constexpr (fine && V::paired)
-    paired_block<V, K, T>(m, at, a, tokens, y);
   else
     coded_block<V, K, T, fine>(m, at, a, tokens, y);
   for (int t = 0; t < T; ++t) {
@@ -361,6 +342,25 @@ inline F<V> element(const float* at) {
   return V::load(at);
 }
 
+template <class V>
+inline F<V> element(const int8_t* at) {
+  return V::signed_bytes(at);
+}
+
+template <class E>
+constexpr bool scaled = sizeof(E) == 1;
+
+// As `element`, and fetches what is far behind it.
+template <class V, class E>
+inline F<V> next(const E* at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+  return element<V>(at);
+}
+
+// Vectors that Q queries share, so that 8 to 12 sums are under way and stay in registers.
+template <int Q>
+constexpr int together = Q == 3 ? 4 : 8 / Q;
+
 // Scores of Q queries at the key blocks [block, block + B).
 template <class V, class E, int Q, int B>
 inline void score_blocks(const Queries& to, int first, int block) {
@@ -368,11 +368,16 @@ inline void score_blocks(const Queries& to, int first, int block) {
   F<V> sums[B][Q] = {};
   for (int d = 0; d < to.head_dim; ++d)
     for (int b = 0; b < B; ++b) {
-      const F<V> k = element<V>(keys + (size_t(b) * to.head_dim + d) * V::lanes);
+      const F<V> k = next<V>(keys + (size_t(b) * to.head_dim + d) * V::lanes);
       for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(to.query[first + i][d]), k, sums[b][i]);
     }
-  for (int b = 0; b < B; ++b)
-    for (int i = 0; i < Q; ++i) V::store(to.scores + (first + i) * to.room + size_t(block + b) * V::lanes, sums[b][i]);
+  for (int b = 0; b < B; ++b) {
+    const size_t position = size_t(block + b) * V::lanes;
+    for (int i = 0; i < Q; ++i) {
+      if constexpr (scaled<E>) sums[b][i] = sums[b][i] * V::load(to.key_scales + position);
+      V::store(to.scores + (first + i) * to.room + position, sums[b][i]);
+    }
+  }
 }
 
 // Scores to weights that sum to 1; what lies after `seen` becomes 0.
@@ -410,7 +415,7 @@ inline void mix(const Queries& to, int first, int column, int begin, int end) {
   const E* values = static_cast<const E*>(to.values) + column;
   for (int p = begin; p < end; ++p)
     for (int w = 0; w < W; ++w) {
-      const F<V> v = element<V>(values + size_t(p) * to.head_dim + w * V::lanes);
+      const F<V> v = next<V>(values + size_t(p) * to.head_dim + w * V::lanes);
       for (int i = 0; i < Q; ++i)
         sums[i][w] = V::fma(V::set(to.scores[(first + i) * to.room + p]), v, sums[i][w]);
     }
@@ -420,7 +425,7 @@ inline void mix(const Queries& to, int first, int column, int begin, int end) {
 
 template <class V, class E, int Q>
 inline void mix_all(const Queries& to, int first, int begin, int end) {
-  constexpr int W = 8 / Q;
+  constexpr int W = together<Q>;
   int column = 0;
   for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes) mix<V, E, Q, W>(to, first, column, begin, end);
   for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end);
@@ -434,13 +439,17 @@ void attend_some(const Queries& to, int first) {
     least = to.seen[first + i] < least ? to.seen[first + i] : least;
     most = to.seen[first + i] > most ? to.seen[first + i] : most;
   }
-  constexpr int B = 8 / Q;
+  constexpr int B = together<Q>;
   const int blocks = (most + V::lanes - 1) / V::lanes;
   int block = 0;
   for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block);
   for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block);
   for (int i = first; i < first + Q; ++i) {
-    softmax<V>(to.scores + i * to.room, to.seen[i]);
+    float* weights = to.scores + i * to.room;
+    softmax<V>(weights, to.seen[i]);
+    if constexpr (scaled<E>)
+      for (int p = 0; p < to.seen[i]; p += V::lanes)
+        V::store(weights + p, V::load(weights + p) * V::load(to.value_scales + p));
     std::memset(to.out[i], 0, sizeof(float) * to.head_dim);
   }
   mix_all<V, E, Q>(to, first, 0, least);
@@ -451,13 +460,20 @@ template <class V, class E>
 void attend_all(const Queries& to) {
   int first = 0;
   for (; first + 4 <= to.count; first += 4) attend_some<V, E, 4>(to, first);
-  for (; first + 2 <= to.count; first += 2) attend_some<V, E, 2>(to, first);
-  for (; first < to.count; ++first) attend_some<V, E, 1>(to, first);
+  switch (to.count - first) {
+    case 3: return attend_some<V, E, 3>(to, first);
+    case 2: return attend_some<V, E, 2>(to, first);
+    case 1: return attend_some<V, E, 1>(to, first);
+  }
 }
 
 template <class V>
-void attend(const Queries& to, bool half) {
-  half ? attend_all<V, uint16_t>(to) : attend_all<V, float>(to);
+void attend(const Queries& to, Element element) {
+  switch (element) {
+    case Element::f32: return attend_all<V, float>(to);
+    case Element::f16: return attend_all<V, uint16_t>(to);
+    case Element::int8: return attend_all<V, int8_t>(to);
+  }
 }
 
 template <class V>

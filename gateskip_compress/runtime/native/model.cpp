@@ -1,9 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "pack.h"
 
@@ -22,13 +20,7 @@ void rotate(float* head, const float* cos, const float* sin, int count) {
 
 }  // namespace
 
-Model::Model(const Shape& s, const Kernels& k, int threads)
-    : shape(s), kernels(k), team_(threads), lists_(threads), keys_(nullptr, std::free), values_(nullptr, std::free) {}
-
-size_t Model::cache_bytes() const {
-  return size_t(shape.rows) * layers.size() * shape.kv_heads * padded(shape.context, kernels.lanes) * shape.head_dim *
-         (shape.half_cache ? 2 : 4);
-}
+Model::Model(const Shape& s, const Kernels& k, int threads) : shape(s), kernels(k), team_(threads), lists_(threads) {}
 
 float* Model::floats(size_t count) {
   owned_.emplace_back(new uint8_t[4 * count + 64]());
@@ -63,9 +55,9 @@ void Model::prepare() {
   row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
   keep_.resize(2 * layers.size() * kWindow);
-  keys_.reset(static_cast<uint8_t*>(std::calloc(cache_bytes(), 1)));  // pages come when they are written
-  values_.reset(static_cast<uint8_t*>(std::calloc(cache_bytes(), 1)));
-  if (!keys_ || !values_) throw std::bad_alloc();
+  const size_t heads = size_t(shape.rows) * layers.size() * shape.kv_heads;
+  keys_ = Cache(shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
+  values_ = Cache(shape.element, heads, shape.context, shape.head_dim, 1);
   for (Lists& lists : lists_)
     for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
 }
@@ -175,16 +167,15 @@ void Model::mlp(const Call& call, int index, int thread) {
   team_.wait();
 }
 
-// Where a token's keys and values of one head begin in the cache: the first element of its row, in elements.
+// Which of the cache's heads one of a token's is.
 size_t Model::slot(const Call& call, int layer, int token, int head) const {
-  const size_t row = (size_t(call.rows[token]) * layers.size() + layer) * shape.kv_heads + head;
-  return row * padded(shape.context, kernels.lanes) * shape.head_dim;
+  return (size_t(call.rows[token]) * layers.size() + layer) * shape.kv_heads + head;
 }
 
 // Finishes a token's queries, and puts its keys and values into the cache.
 void Model::place(const Call& call, int index, int token, bool kept) {
   const Layer& layer = layers[index];
-  const int d = shape.head_dim, lanes = kernels.lanes, position = call.positions[token];
+  const int d = shape.head_dim, position = call.positions[token];
   float* query = qkv_ + size_t(token) * (shape.heads + 2 * shape.kv_heads) * d;
   const float *c = cos + size_t(position) * shape.rotated, *s = sin + size_t(position) * shape.rotated;
   const auto finish = [&](float* head, const std::vector<float>& weight) {
@@ -195,30 +186,25 @@ void Model::place(const Call& call, int index, int token, bool kept) {
     finish(query + head * d, layer.q_norm);
     for (int i = 0; i < d; ++i) query[head * d + i] *= shape.scale;
   }
-  const bool copied = layer.copies && !kept;
-  const size_t key_place = size_t(position / lanes) * d * lanes + position % lanes, value_place = size_t(position) * d;
   for (int head = 0; head < shape.kv_heads; ++head) {
-    float *key = query + (shape.heads + head) * d, *value = key + shape.kv_heads * d;
-    if (!copied) finish(key, layer.k_norm);
-    const size_t to = slot(call, index, token, head), from = copied ? slot(call, index - 1, token, head) : 0;
-    const auto put = [&](auto* keys, auto* values, auto convert) {
-      for (int i = 0; i < d; ++i) {
-        const size_t k = key_place + size_t(i) * lanes, v = value_place + i;
-        keys[to + k] = copied ? keys[from + k] : convert(key[i]);
-        values[to + v] = copied ? values[from + v] : convert(value[i]);
-      }
-    };
-    if (shape.half_cache)
-      put(reinterpret_cast<uint16_t*>(keys_.get()), reinterpret_cast<uint16_t*>(values_.get()), to_f16);
-    else
-      put(reinterpret_cast<float*>(keys_.get()), reinterpret_cast<float*>(values_.get()), [](float x) { return x; });
+    const size_t to = slot(call, index, token, head);
+    if (layer.copies && !kept) {
+      const size_t from = slot(call, index - 1, token, head);
+      keys_.copy(from, to, position);
+      values_.copy(from, to, position);
+      continue;
+    }
+    float* key = query + (shape.heads + head) * d;
+    finish(key, layer.k_norm);
+    keys_.write(to, position, key);
+    values_.write(to, position, key + shape.kv_heads * d);
   }
 }
 
 // Queries in the order of heads that share keys, then tokens: each thread takes a run of them, a few at a time.
 void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
   const int d = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d, size = shape.half_cache ? 2 : 4;
+  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d;
   const int of_head = static_cast<int>(tokens.size()) * group;
   Queries to;
   to.head_dim = d;
@@ -235,10 +221,10 @@ void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, 
       to.out[to.count] = mixed_.floats(token) + size_t(head) * d;
       to.seen[to.count++] = call.positions[token] + 1;
     }
-    const size_t place = slot(call, layer, tokens[at % of_head / group], kv_head) * size;
-    to.keys = keys_.get() + place;
-    to.values = values_.get() + place;
-    kernels.attend(to, shape.half_cache);
+    const size_t head = slot(call, layer, tokens[at % of_head / group], kv_head);
+    to.keys = keys_.elements(head), to.key_scales = keys_.scales(head);
+    to.values = values_.elements(head), to.value_scales = values_.scales(head);
+    kernels.attend(to, shape.element);
   }
 }
 

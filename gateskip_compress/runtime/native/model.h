@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "cache.h"
 #include "kernels.h"
 #include "team.h"
 
@@ -53,7 +54,7 @@ struct Shape {
   int rows = 1, context = 0;  // of the cache
   int rotated = 0;            // channels of a head that turn with the position
   float eps = 0, scale = 0;   // of norms; of queries
-  bool half_cache = true;
+  Element element = Element::f16;  // of the cache
   bool fine = true;  // activations of 16 bits instead of 8
 };
 
@@ -87,7 +88,6 @@ class Model {
   // Buffers for the layers that are there now; to be called once before the first `run`.
   void prepare();
   void run(const Call& call);
-  size_t cache_bytes() const;
 
  private:
   struct Range {
@@ -124,7 +124,7 @@ class Model {
   Team team_;
   std::vector<Lists> lists_;
   std::vector<std::unique_ptr<uint8_t[]>> owned_;
-  std::unique_ptr<uint8_t, void (*)(void*)> keys_, values_;
+  Cache keys_, values_;
   std::vector<uint8_t> keep_;  // (2 layers, kWindow)
   Activations normed_, mixed_, inner_;
   float *hidden_, *qkv_, *up_, *out_, *scores_, *logits_, *row_;

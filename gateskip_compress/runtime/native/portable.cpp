@@ -39,6 +39,11 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) v[i] = p[i];
     return v;
   }
+  static F signed_bytes(const int8_t* p) {
+    F v;
+    for (int i = 0; i < lanes; ++i) v[i] = p[i];
+    return v;
+  }
 
   static Codes codes(const uint8_t* p) {
     Codes c;

@@ -1,0 +1,53 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+#include "pack.h"
+
+namespace gateskip {
+
+Cache::Cache(Element element, size_t heads, int context, int head_dim, int step)
+    : element_(element),
+      positions_(padded(context, kMostLanes)),
+      head_dim_(head_dim),
+      size_(element == Element::f32 ? 4 : element == Element::f16 ? 2 : 1),
+      step_(step) {
+  data_.reset(static_cast<uint8_t*>(std::calloc(heads * positions_ * head_dim_, size_)));
+  if (element == Element::int8) scales_.reset(static_cast<float*>(std::calloc(heads * positions_, sizeof(float))));
+  if (!data_ || (element == Element::int8 && !scales_)) throw std::bad_alloc();
+}
+
+void Cache::write(size_t head, int position, const float* values) {
+  const auto each = [&](auto* to, auto convert) {
+    for (size_t i = 0; i < head_dim_; ++i) to[i * step_] = convert(values[i]);
+  };
+  switch (element_) {
+    case Element::f32: return each(first<float>(head, position), [](float x) { return x; });
+    case Element::f16: return each(first<uint16_t>(head, position), to_f16);
+    case Element::int8: break;
+  }
+  float most = 0, poison = 0;
+  for (size_t i = 0; i < head_dim_; ++i) most = std::max(most, std::fabs(values[i])), poison += values[i] * 0;
+  scales_.get()[head * positions_ + position] = most / 127 + poison;
+  each(first<int8_t>(head, position), [back = most > 0 ? 127 / most : 0](float x) {
+    // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
+    return static_cast<int8_t>(std::nearbyint(std::max(-127.0f, std::min(127.0f, x * back))));
+  });
+}
+
+void Cache::copy(size_t from, size_t to, int position) {
+  const auto each = [&](auto* source, auto* target) {
+    for (size_t i = 0; i < head_dim_; ++i) target[i * step_] = source[i * step_];
+  };
+  switch (element_) {
+    case Element::f32: return each(first<float>(from, position), first<float>(to, position));
+    case Element::f16: return each(first<uint16_t>(from, position), first<uint16_t>(to, position));
+    case Element::int8: break;
+  }
+  scales_.get()[to * positions_ + position] = scales_.get()[from * positions_ + position];
+  each(first<int8_t>(from, position), first<int8_t>(to, position));
+}
+
+}  // namespace gateskip

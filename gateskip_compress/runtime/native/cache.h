@@ -1,0 +1,38 @@
+// Keys, or values, of every position seen: written position by position, read by `Kernels::attend`.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+
+#include "kernels.h"
+
+namespace gateskip {
+
+// Elements of one head's positions lie as `Queries` says: keys in blocks of `step` positions, values with a step of 1.
+// In 8 bits each position has a scale of its own, its largest element's 127th part.
+class Cache {
+ public:
+  Cache() = default;
+  Cache(Element element, size_t heads, int context, int head_dim, int step);
+
+  void write(size_t head, int position, const float* values);
+  void copy(size_t from, size_t to, int position);  // one head's position to another's
+
+  const void* elements(size_t head) const { return data_.get() + head * positions_ * head_dim_ * size_; }
+  const float* scales(size_t head) const { return scales_ ? scales_.get() + head * positions_ : nullptr; }
+
+ private:
+  template <class T>
+  T* first(size_t head, int position) const {
+    const size_t in_block = size_t(position / step_) * head_dim_ * step_ + position % step_;
+    return reinterpret_cast<T*>(data_.get()) + head * positions_ * head_dim_ + in_block;
+  }
+
+  Element element_ = Element::f16;
+  size_t positions_ = 0, head_dim_ = 0, size_ = 0;
+  int step_ = 1;
+  std::unique_ptr<uint8_t, void (*)(void*)> data_{nullptr, std::free};  // zeros: pages come when they are written
+  std::unique_ptr<float, void (*)(void*)> scales_{nullptr, std::free};
+};
+
+}  // namespace gateskip
