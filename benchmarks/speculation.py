@@ -228,8 +228,11 @@ def theory(
         shares = [setting.budget for setting in dial_of(model).table if setting.budget < verifies - 0.02]
     step = getattr(model, "self_speculation", g.SelfSpeculation())
     for share in shares:
-        with drafting(model), g.budget(model, share):
-            cost = step_s(model, session, text, after, 1, draft=True) / plain
+        if session is not None:
+            cost = step_s(model, session, text, after, 1, draft=share) / plain
+        else:
+            with drafting(model), g.budget(model, share):
+                cost = step_s(model, session, text, after, 1) / plain
         own = {"draft_budget": share} if step.gates is None else {"gates": replace(step.gates, budget=share)}
         model.self_speculation = replace(step, drafts="gates", draft_tokens=DRAFT, adapt=False, **own)
         counts = Acceptance()
@@ -256,9 +259,18 @@ def acceptance(mean: float) -> float:
 
 @torch.inference_mode()
 def step_s(
-    model: Any, session: runtime.Session | None, ids: torch.Tensor, after: int, tokens: int, *, draft: bool = False
+    model: Any,
+    session: runtime.Session | None,
+    ids: torch.Tensor,
+    after: int,
+    tokens: int,
+    *,
+    draft: float | None = None,
 ) -> float:
-    """Median seconds of a pass over some tokens of a text, each begun at another of its places from `after` on."""
+    """Median seconds of a pass over some tokens of a text, each begun at another of its places from `after` on.
+
+    A session may draft one instead, at a budget.
+    """
     seconds = []
     if session is not None:
         text = ids[0].numpy()
@@ -266,8 +278,8 @@ def step_s(
         for run in range(5 * RUNS + 1):
             at = after + run % RUNS
             began, some = time.perf_counter(), text[at : at + tokens]
-            if draft:
-                session.draft(some, np.zeros(1, dtype=np.int32), np.array([at], dtype=np.int32))
+            if draft is not None:
+                session.draft(some, np.zeros(1, dtype=np.int32), np.array([at], dtype=np.int32), draft)
             else:
                 session.run_row(some, 0, at, wanted=len(some))
             seconds.append(time.perf_counter() - began)

@@ -1,6 +1,7 @@
 """Whole tiny models in the native runtime against the Hugging Face path on the same codes."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import gateskip_compress as g
 from gateskip_compress.gating.block import GatedBlock
-from gateskip_compress.gating.dial import Dial, decisions, drafting
+from gateskip_compress.gating.dial import Dial, decisions, dial_of, drafting
 from gateskip_compress.gating.transform import put_in
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
@@ -250,10 +251,10 @@ def test_gates_for_drafting_alone_draft_as_on_torch_and_change_no_token():
         tiny(), gates(budget=0.9), g.SelfSpeculation(gates=own, drafts="gates", adapt=False, draft_tokens=3)
     )
     session, ids = lower(model, **EXACT), tokens(1, 9)[0]
-    for places in (drafting, nullcontext):
+    for share, places in ((model.model.layers[0].draft_dial.budget, drafting), (None, nullcontext)):
         with places(model), decisions(model) as seen, torch.no_grad():
             model(ids[None])
-            step = logits_of(session, ids, decisions=True, draft=places is drafting)
+        step = logits_of(session, ids, decisions=True, draft=share)
         expected = {(d.layer, d.kind): d.keep[0] for d in seen}
         kinds = [(layer, kind) for layer in range(model.config.num_hidden_layers) for kind in ("attention", "mlp")]
         assert torch.equal(step.kept, torch.stack([expected[key] for key in kinds]))
@@ -280,10 +281,33 @@ def test_drafts_choose_among_the_first_quarter_of_a_large_vocabulary():
     model = tiny("llama", vocab_size=20_000)
     session = lower(compress(model, gates(surrogate="mean", budget=0.95)), **EXACT)
     ids = tokens(1, 20)[0].numpy()
-    whole, place = session.run_row(ids, 0, 0, wanted=1, logits=True), np.array([len(ids) - 1], dtype=np.int32)
-    drafted = session.draft(ids[-1:], np.zeros_like(place), place)
-    assert drafted.shape == (1, 5024)  # 157 chunks of 32
-    assert torch.equal(drafted, whole.logits[:, :5024])
+    session.prefill(ids)
+    place = np.array([len(ids) - 1], dtype=np.int32)
+    drafted = session.draft(ids[-1:], np.zeros_like(place), place, 0.95, logits=True)
+    with g.budget(model, 0.95):
+        whole = session.run_row(ids[-1:], 0, len(ids) - 1, wanted=1, logits=True).logits
+    assert drafted.logits.shape == (1, 5024)  # 157 chunks of 32
+    assert torch.equal(drafted.logits, whole[:, :5024])
+    likeliest = whole[:, :5024].softmax(dim=-1).max(dim=-1)
+    assert drafted.best == likeliest.indices.numpy()
+    np.testing.assert_allclose(drafted.shares, likeliest.values, rtol=1e-5)
+
+
+def test_drafts_follow_a_new_calibration(small):
+    session, ids, place = lower(small, **EXACT), tokens(1, 20)[0].numpy(), np.array([19], dtype=np.int32)
+    session.prefill(ids)
+
+    def drafted():
+        return session.draft(ids[-1:], np.zeros_like(place), place, 0.5, logits=True).logits
+
+    before, dial = drafted(), dial_of(small)
+    table, nothing = dial.table, (1e9,) * len(dial.table[-1].thresholds)
+    try:
+        dial.table = tuple(replace(setting, thresholds=nothing) for setting in table)
+        assert not torch.equal(drafted(), before)
+    finally:
+        dial.table = table
+    assert torch.equal(drafted(), before)
 
 
 def test_sampling_draws_from_the_models_own_distribution(small, session):

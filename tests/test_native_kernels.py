@@ -182,6 +182,15 @@ def _as_kept(part, element):
     return part.astype(np.float16 if element == "f16" else np.float32).astype(float)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(count=st.integers(1, 70), spread=st.floats(0.01, 60), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_exp_sum(kernels, count, spread, seed):
+    x = (spread * np.random.default_rng(seed).standard_normal(count)).astype(np.float32)
+    expected = np.exp(x.astype(float) - float(x.max())).sum()
+    np.testing.assert_allclose(native.exp_sum(kernels, x, x.max()), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("element", ["f32", "f16", "int8"])
 @given(
     seen=st.lists(st.integers(1, 70), min_size=1, max_size=4),

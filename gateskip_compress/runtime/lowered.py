@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..gating.dial import Dial
+from ..gating.dial import Dial, Setting
 from ..model import blocks
 from .extension import extension
 from .pack import vocabulary_size
@@ -27,12 +27,14 @@ class Step:
         logits: Theirs, where asked for.
         kept: Which branch ran which token, in the order of thresholds, where asked for.
         scores: Of the gates that were evaluated, likewise; others are NaN.
+        shares: What the softmax of the logits gives the best, of drafting steps.
     """
 
     best: Int[np.ndarray, " w"]
     logits: Float[Tensor, "w v"] | None
     kept: Bool[Tensor, "n t"] | None
     scores: Float[Tensor, "n t"] | None
+    shares: Float[np.ndarray, " w"] | None
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,17 @@ class Lowered:
         return min(size, max(_LIKELY, -(-size // (4 * extension().CHUNK)) * extension().CHUNK))
 
     def draft(
-        self, ids: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"], positions: Int[np.ndarray, " b"]
-    ) -> Float[Tensor, "b v"]:
-        """A drafting step for some sequences, by the gates that draft: logits of `likely` entries after each token."""
+        self,
+        ids: Int[np.ndarray, " b"],
+        rows: Int[np.ndarray, " b"],
+        positions: Int[np.ndarray, " b"],
+        share: float,
+        *,
+        logits: bool = False,
+    ) -> Step:
+        """A drafting step for some sequences at a budget of the gates that draft: one of `likely` tokens after each."""
         want = np.arange(len(ids), dtype=np.int32)
-        step = self.run(ids, rows, positions, want, logits=True, draft=self.drafts, vocabulary=self.likely)
-        assert step.logits is not None  # they were asked for
-        return step.logits
+        return self.run(ids, rows, positions, want, logits=logits, draft=share, vocabulary=self.likely)
 
     def run(
         self,
@@ -110,7 +116,7 @@ class Lowered:
         *,
         logits: bool = False,
         decisions: bool = False,
-        draft: bool = False,
+        draft: float | None = None,
         vocabulary: int | None = None,
     ) -> Step:
         """One call of the native model at the dial's thresholds; the cache's positions up to each token must be filled.
@@ -122,26 +128,50 @@ class Lowered:
             want: Places in `ids` of tokens whose continuation is wanted.
             logits: Wanted besides the best tokens.
             decisions: Wanted besides.
-            draft: By the gates for drafting, where the model has some of their own and is set to them.
+            draft: A budget to run at instead, of the gates for drafting where the model has some.
             vocabulary: Entries to choose from, the first ones, whole chunks of them; None is all.
         """
         entries = self.vocabulary if vocabulary is None else vocabulary
-        best, all_logits, kept, scores = self.native.run(
-            ids.astype(np.int32), rows, positions, self._thresholds(), want, logits, decisions, draft, entries
+        drafts, thresholds = draft is not None, self._thresholds(draft)
+        best, all_logits, kept, scores, shares = self.native.run(
+            ids.astype(np.int32),
+            rows,
+            positions,
+            thresholds,
+            want,
+            logits,
+            decisions,
+            drafts,
+            drafts and self.drafts,
+            entries,
         )
         return Step(
             best,
             torch.from_numpy(all_logits) if logits else None,
             torch.from_numpy(kept).bool() if decisions else None,
             torch.from_numpy(scores) if decisions else None,
+            shares,
         )
 
     @cached_property
     def _first(self) -> Any:
         return blocks(self.model)[0]
 
-    def _thresholds(self) -> Float[np.ndarray, " n"] | None:
-        dial: Dial | None = getattr(self._first, "dial", None)  # changes while the model drafts
-        if dial is None or dial.thresholds is None or dial.how == "off":
+    def _thresholds(self, draft: float | None) -> Float[np.ndarray, " n"] | None:
+        """Of the dial as it is set, or of the one for drafting at a budget."""
+        name = "draft_dial" if draft is not None and self.drafts else "dial"
+        dial: Dial | None = getattr(self._first, name, None)
+        if dial is None or dial.how == "off":
             return None
-        return np.array(dial.thresholds, dtype=np.float32)
+        if draft is None:
+            return None if dial.thresholds is None else np.array(dial.thresholds, dtype=np.float32)
+        table, found = self._drafting.get(draft, ((), None))
+        if table is not dial.table:  # of before another calibration
+            found = np.array(dial.thresholds_of(draft), dtype=np.float32)
+            self._drafting[draft] = dial.table, found
+        return found
+
+    @cached_property
+    def _drafting(self) -> dict[float, tuple[tuple[Setting, ...], Float[np.ndarray, " n"]]]:
+        """Thresholds by draft budget, and the table that they came from."""
+        return {}

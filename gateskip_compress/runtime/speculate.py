@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ..gating.dial import budget, drafting
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, sure, take_in
 from ..speculation.draft import draft_passages, look_up
@@ -111,29 +110,33 @@ class Speculator:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
         evidence: list[list[Hashable]] = [[] for _ in texts]
         chance, rows = 1.0, np.array([text.row for text in texts], dtype=np.int32)
-        with drafting(self.session.model), budget(self.session.model, share):
-            for guessed in range(most):
-                last = [text.length + guessed - 1 for text in texts]
-                ids = np.array([text.ids[at] for text, at in zip(texts, last, strict=True)])
-                places = np.array([at - text.padding for text, at in zip(texts, last, strict=True)], dtype=np.int32)
-                scores = self._processed(texts, guessed, self.session.draft(ids, rows, places))
-                top = scores.max(dim=-1)
-                shares = 1 / (scores - top.values[:, None]).exp().sum(dim=-1)
-                keys = [sure(share, of_best) for of_best in shares.tolist()]
-                for text, token, own, key in zip(texts, top.indices.tolist(), evidence, keys, strict=True):
-                    text.ids[text.length + guessed] = token
-                    own.append(key)
-                chance *= sum(map(self.control.odds.of, keys)) / len(keys)
-                if not self.control.goes_on(drafter, chance):
-                    break
+        processed = len(texts[0].processors) > 0
+        for guessed in range(most):
+            last = [text.length + guessed - 1 for text in texts]
+            ids = np.array([text.ids[at] for text, at in zip(texts, last, strict=True)])
+            places = np.array([at - text.padding for text, at in zip(texts, last, strict=True)], dtype=np.int32)
+            step = self.session.draft(ids, rows, places, share, logits=processed)
+            best, shares = step.best, step.shares
+            if step.logits is not None:
+                best, shares = self._processed(texts, guessed, step.logits)
+            assert shares is not None  # of every drafting step
+            keys = [sure(share, of_best) for of_best in shares.tolist()]
+            for text, token, own, key in zip(texts, best, evidence, keys, strict=True):
+                text.ids[text.length + guessed] = token
+                own.append(key)
+            chance *= sum(map(self.control.odds.of, keys)) / len(keys)
+            if not self.control.goes_on(drafter, chance):
+                break
         return evidence
 
-    def _processed(self, texts: Sequence[Text], guessed: int, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b w"]:
-        """Scores of drafts; processors know tokens by their place in the whole vocabulary."""
-        if len(texts[0].processors) == 0:
-            return logits
+    def _processed(
+        self, texts: Sequence[Text], guessed: int, logits: Float[Tensor, "b v"]
+    ) -> tuple[Int[np.ndarray, " b"], Float[np.ndarray, " b"]]:
+        """Best tokens and their shares after processors, which know tokens by their place in the whole vocabulary."""
         logits = F.pad(logits, (0, self.session.vocabulary - logits.shape[1]), value=-torch.inf)
-        return torch.cat([t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)])
+        scores = [t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)]
+        top = torch.cat(scores).softmax(dim=-1).max(dim=-1)
+        return top.indices.numpy(), top.values.nan_to_num(0.0).numpy()
 
     def _verify(self, texts: Sequence[Text], counts: list[int]) -> Step:
         """What each text's last token and the guesses behind it give, text after text."""

@@ -176,6 +176,10 @@ Floats norm(const std::string& kernels, Floats x, Floats weight, float eps) {
   return y;
 }
 
+float exp_sum(const std::string& kernels, Floats x, float top) {
+  return kernels_named(kernels).exp_sum(x.data(), static_cast<int>(x.size()), top);
+}
+
 Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
   check(gate.size() == up.size(), "gate and up differ in size");
   Floats y(gate.size());
@@ -271,7 +275,7 @@ struct HeldModel {
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
   py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
-                bool with_decisions, bool draft, int vocabulary) {
+                bool with_decisions, bool with_shares, bool draft, int vocabulary) {
     const Shape& s = model.shape;
     Call call;
     call.count = static_cast<int>(ids.size());
@@ -299,7 +303,7 @@ struct HeldModel {
     call.vocabulary = vocabulary;
     Ints best(want.size());
     call.best = best.mutable_data();
-    py::object logits = py::none(), kept = py::none(), scores = py::none();
+    py::object logits = py::none(), kept = py::none(), scores = py::none(), shares = py::none();
     if (with_logits) {
       Floats all({want.size(), py::ssize_t(vocabulary)});
       call.logits = all.mutable_data();
@@ -313,13 +317,18 @@ struct HeldModel {
       call.kept = keep.mutable_data(), call.scores = score.mutable_data();
       kept = keep, scores = score;
     }
+    if (with_shares) {
+      Floats all(want.size());
+      call.shares = all.mutable_data();
+      shares = all;
+    }
     {
       std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
       if (!lock) throw std::runtime_error("this session is at work in another thread; give each thread its own");
       py::gil_scoped_release release;
       model.run(call);
     }
-    return py::make_tuple(best, logits, kept, scores);
+    return py::make_tuple(best, logits, kept, scores, shares);
   }
 };
 
@@ -341,6 +350,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("multiply", &multiply);
   m.def("quantize", &quantize);
   m.def("norm", &norm);
+  m.def("exp_sum", &exp_sum);
   m.def("swiglu", &swiglu);
   m.def("attend", &attend);
   m.def("read_bandwidth", &read_bandwidth);

@@ -80,6 +80,8 @@ struct Kernels {
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
   float (*dot)(const float* x, const float* y, int width);
+  // Sum of e^(x - top).
+  float (*exp_sum)(const float* x, int count, float top);
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int width);
   void (*attend)(const Queries&, Element);

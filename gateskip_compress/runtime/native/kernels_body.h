@@ -313,6 +313,16 @@ void norm(const float* x, const float* weight, int width, float eps, float* y) {
 }
 
 template <class V>
+float exp_sum(const float* x, int count, float top) {
+  F<V> sum = V::set(0);
+  int i = 0;
+  for (; i + V::lanes <= count; i += V::lanes) sum = sum + exponential<V>(V::load(x + i) - V::set(top));
+  float rest = total<V>(sum);
+  for (; i < count; ++i) rest += std::exp(x[i] - top);
+  return rest;
+}
+
+template <class V>
 inline F<V> silu(F<V> x) {
   return x / (V::set(1) + exponential<V>(-x));
 }
@@ -478,7 +488,7 @@ void attend(const Queries& to, Element element) {
 
 template <class V>
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, swiglu<V>, attend<V>};
+  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, swiglu<V>, attend<V>};
 }
 
 }  // namespace

@@ -324,6 +324,7 @@ void Model::read_out(const Call& call, int thread) {
         if (found >= 0 && (best < 0 || row[found] > row[best])) best = found;
       }
       call.best[first + i] = best;
+      if (call.shares) call.shares[first + i] = best < 0 ? 0 : 1 / kernels.exp_sum(row, size, row[best]);
     }
     team_.wait();
   }

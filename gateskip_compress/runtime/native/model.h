@@ -68,6 +68,7 @@ struct Call {
   int vocabulary = 0;             // entries that are looked at: the first ones; whole blocks of rows, or all
   float* logits = nullptr;        // (wanted, vocabulary), or none
   int32_t* best = nullptr;        // (wanted): the first of the largest logits
+  float* shares = nullptr;        // (wanted), or none: what the softmax of the logits gives it
   uint8_t* kept = nullptr;        // (2 layers, count), or none
   float* scores = nullptr;        // the same; of gates that were evaluated
 };
