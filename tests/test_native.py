@@ -173,6 +173,17 @@ def test_texts_equal_transformers(small, session, budget):
             assert torch.equal(session.generate(ids, max_new_tokens=25, do_sample=False), expected)
 
 
+def test_texts_of_a_batch_end_where_transformers_ends_them(small, session):
+    ids = tokens(3, 9)
+    with unpacked(small):
+        whole = small.generate(ids, max_new_tokens=40, do_sample=False)
+        ends = sorted({int(whole[0, 15]), int(whole[1, 30])})
+        settings = dict(max_new_tokens=40, do_sample=False, eos_token_id=ends, pad_token_id=0)
+        expected = small.generate(ids, **settings)
+    assert (expected[:, 9:] == 0).any()  # not all end at once
+    assert torch.equal(session.generate(ids, **settings), expected)
+
+
 @pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(draft_budget=0.4, draft_tokens=7)])
 def test_speculation_changes_no_token(small, session, extra):
     counts = Acceptance()

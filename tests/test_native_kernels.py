@@ -191,6 +191,34 @@ def test_exp_sum(kernels, count, spread, seed):
     np.testing.assert_allclose(native.exp_sum(kernels, x, x.max()), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(
+    count=st.integers(1, 200), spread=st.floats(0.01, 60), left_out=st.floats(0, 0.99), seed=st.integers(0, 2**32 - 1)
+)
+@settings(max_examples=50, deadline=None)
+def test_draw(kernels, count, spread, left_out, seed):
+    rng = np.random.default_rng(seed)
+    scores = (spread * rng.standard_normal(count)).astype(np.float32)
+    scores[rng.permutation(count)[: int(left_out * count)]] = -np.inf
+    below = np.cumsum(np.exp(scores.astype(float) - float(scores.max())))
+    for chance in (0, *rng.random(20), 1 - 2**-53):
+        found = native.draw(kernels, scores, chance)
+        assert scores[found] > -np.inf
+        # as a loop finds it, but for a chance at the edge between two
+        assert (
+            (below[found - 1] if found else 0) - 1e-5 * below[-1]
+            <= chance * below[-1]
+            <= below[found] * (1 + 1e-5) + 1e-30
+        )
+
+
+@pytest.mark.parametrize("scores", [[-np.inf, -np.inf], [0, np.nan], [np.inf, 0], [np.nan] * 70])
+def test_what_has_no_chances_is_not_drawn_from(scores):
+    for kernels in KERNELS:
+        with pytest.raises(ValueError, match="no token can be drawn"):
+            native.draw(kernels, np.array(scores, dtype=np.float32), 0.5)
+
+
 @pytest.mark.parametrize("element", ["f32", "f16", "int8"])
 @given(
     seen=st.lists(st.integers(1, 70), min_size=1, max_size=4),

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..gating.dial import Dial, Setting
+from ..gating.dial import Dial
 from ..model import blocks
 from .extension import extension
 from .pack import vocabulary_size
@@ -76,8 +76,19 @@ class Lowered:
 
     def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: Any) -> Step:
         """Run neighbouring tokens of one sequence; what the last `wanted` of them give. `how` is as in `run`."""
-        places = np.arange(len(ids), dtype=np.int32)
-        return self.run(ids, np.full_like(places, row), places + first, places[len(ids) - wanted :], **how)
+        count, numbers = len(ids), self._numbers
+        rows = self._rows[row, :count]
+        return self.run(ids, rows, numbers[first : first + count], numbers[count - wanted : count], **how)
+
+    @cached_property
+    def _numbers(self) -> Int[np.ndarray, " n"]:
+        """Positions, ready to be cut out of."""
+        return np.arange(max(self.context_tokens, extension().WINDOW), dtype=np.int32)
+
+    @cached_property
+    def _rows(self) -> Int[np.ndarray, "r w"]:
+        """Each row's number, as often as a call may need it."""
+        return np.repeat(np.arange(self.rows, dtype=np.int32)[:, None], extension().WINDOW, axis=1)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -153,6 +164,25 @@ class Lowered:
             shares,
         )
 
+    def follow(
+        self,
+        ids: Int[np.ndarray, " b"],
+        rows: Int[np.ndarray, " b"],
+        positions: Int[np.ndarray, " b"],
+        steps: int,
+        ends: Int[np.ndarray, " e"],
+    ) -> Int[np.ndarray, "s b"]:
+        """Greedy steps in one call: the best token after each sequence's last one, then after that, and so on.
+
+        Args:
+            ids: Last tokens.
+            rows: Of the cache, of each.
+            positions: Of each in its row.
+            steps: To make, at most.
+            ends: Tokens after which no more steps are made, whichever row they stand in.
+        """
+        return self.native.follow(ids.astype(np.int32), rows, positions, self._thresholds(None), steps, ends)
+
     @cached_property
     def _first(self) -> Any:
         return blocks(self.model)[0]
@@ -161,17 +191,16 @@ class Lowered:
         """Of the dial as it is set, or of the one for drafting at a budget."""
         name = "draft_dial" if draft is not None and self.drafts else "dial"
         dial: Dial | None = getattr(self._first, name, None)
-        if dial is None or dial.how == "off":
+        if dial is None or dial.how == "off" or (draft is None and dial.thresholds is None):
             return None
-        if draft is None:
-            return None if dial.thresholds is None else np.array(dial.thresholds, dtype=np.float32)
-        table, found = self._drafting.get(draft, ((), None))
-        if table is not dial.table:  # of before another calibration
-            found = np.array(dial.thresholds_of(draft), dtype=np.float32)
-            self._drafting[draft] = dial.table, found
+        source = dial.thresholds if draft is None else dial.table
+        seen, found = self._found.get(draft, (None, None))
+        if seen is not source:  # the dial was turned, or calibrated anew
+            found = np.array(dial.thresholds if draft is None else dial.thresholds_of(draft), dtype=np.float32)
+            self._found[draft] = source, found
         return found
 
     @cached_property
-    def _drafting(self) -> dict[float, tuple[tuple[Setting, ...], Float[np.ndarray, " n"]]]:
-        """Thresholds by draft budget, and the table that they came from."""
+    def _found(self) -> dict[float | None, tuple[object, Float[np.ndarray, " n"] | None]]:
+        """Thresholds by draft budget, None being the dial as it is set, and what they were taken from."""
         return {}

@@ -4,6 +4,8 @@ The loop is transformers' `custom_generate`: prompts, processors, stopping crite
 is ours. One call decodes a token for every sequence; prompts go in a window at a time, so that Ctrl-C stops them too.
 """
 
+import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,16 +16,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..speculation.acceptance import Acceptance
-from ..speculation.control import control_of
+from ..speculation.control import Clock, control_of
 from ..speculation.decode import side_by_side
 from ..speculation.scores import check_processors, of_rows
 from ..speculation.transform import SelfSpeculation, settings_of
 from .extension import extension
 from .lowered import Lowered
 from .speculate import Speculator, Text, choose
+
+_BURST_S = 0.05
+"""Of greedy decoding in one call: streamed text still flows, and Ctrl-C is heard."""
 
 
 class Session(Lowered):
@@ -104,9 +110,10 @@ class Session(Lowered):
             ids, alive = input_ids, torch.ones(len(rows), dtype=torch.bool)
             logits = torch.cat([step.logits for step in steps]) if processed else None
             best = np.concatenate([step.best for step in steps])
+            burst = Burst(self, rows, generation_config.max_length - input_ids.shape[1] - 1, generation_config)
             while True:
                 greedy = torch.from_numpy(best).long()
-                chosen = greedy if logits is None else choose(ids, logits, logits_processor, sampled)
+                chosen = greedy if logits is None else choose(self, ids, logits, logits_processor, sampled)
                 if not alive.all():
                     chosen = torch.where(alive, chosen, generation_config._pad_token_tensor)
                 ids = torch.cat((ids, chosen[:, None]), dim=1)
@@ -117,8 +124,12 @@ class Session(Lowered):
                     if streamer is not None:
                         streamer.end()
                     return ids
-                step = self.run(chosen.numpy(), rows, positions, rows, logits=processed)
-                positions, best, logits = positions + 1, step.best, step.logits
+                if processed:
+                    step = self.run(chosen.numpy(), rows, positions, rows, logits=True)
+                    best, logits = step.best, step.logits
+                else:
+                    best = burst.after(chosen.numpy(), positions)
+                positions = positions + 1
 
     def _texts(self, ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList) -> list[Text]:
         """Prompts to speculate on; the cache then holds them but for their last tokens."""
@@ -162,6 +173,36 @@ class Session(Lowered):
             raise ValueError(f"token id {int(outside[0])} is out of range: the vocabulary has {size} entries")
 
 
+class Burst:
+    """Greedy steps, some to a call.
+
+    After each call, all that Python needs comes back into the processor's caches, out of which the weights drove it:
+    a tenth of a small model's step. What was decoded behind a text's end is dropped.
+
+    Args:
+        session: Decodes.
+        rows: Of its cache, one for each sequence.
+        left: Steps that are left at most.
+        config: Knows which tokens end a text.
+    """
+
+    def __init__(self, session: Lowered, rows: Int[np.ndarray, " b"], left: int, config: GenerationConfig) -> None:
+        self.session, self.rows, self.left = session, rows, left
+        ends: Tensor | None = getattr(config, "_eos_token_tensor", None)
+        self.ends = np.zeros(0, dtype=np.int32) if ends is None else ends.numpy().astype(np.int32)
+        self.ahead: deque[Int[np.ndarray, " b"]] = deque()
+        self.steps = 1
+
+    def after(self, ids: Int[np.ndarray, " b"], positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """The best tokens after the last ones, which are those that it gave, where a text goes on."""
+        if not self.ahead:
+            clock, steps = Clock(), min(self.steps, self.left)
+            self.ahead.extend(self.session.follow(ids, self.rows, positions, steps, self.ends))
+            self.steps = max(1, int(_BURST_S * len(self.ahead) / clock.lap()))
+            self.left -= len(self.ahead)
+        return self.ahead.popleft()
+
+
 @contextmanager
 def _torch_in_one_thread() -> Iterator[None]:
     """Keep torch's other threads asleep: after each operation they would spin, on cores that the native ones need."""
@@ -177,23 +218,39 @@ def _follow(
     speculator: Speculator, texts: list[Text], stopping: StoppingCriteriaList, streamer: BaseStreamer | None
 ) -> list[Int[Tensor, " _"]]:
     """Texts as they end, round by round; those that have ended wait for nobody."""
-    going = texts
+    going, ends = texts, Ends(stopping)
     while going:
         new = speculator.round(going)
-        going = [t for t, tokens in zip(going, new, strict=True) if not _ends(t, len(tokens), stopping, streamer)]
+        going = [t for t, tokens in zip(going, new, strict=True) if not _ends(t, len(tokens), ends, streamer)]
     if streamer is not None:
         streamer.end()
     return [text.upto(0)[0] for text in texts]
 
 
-def _ends(text: Text, new: int, stopping: StoppingCriteriaList, streamer: BaseStreamer | None) -> bool:
+class Ends:
+    """Stopping criteria, of which the two that nearly always are there are asked without tensors."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        self.length = min(lengths, default=sys.maxsize)
+        self.tokens = {id for c in criteria if type(c) is EosTokenCriteria for id in c.eos_token_id.tolist()}
+        known = (MaxLengthCriteria, EosTokenCriteria)
+        self.others = StoppingCriteriaList([c for c in criteria if type(c) not in known])
+
+    def after(self, text: Text) -> bool:
+        """Whether its last token ends it."""
+        if text.length >= self.length or int(text.ids[text.length - 1]) in self.tokens:
+            return True
+        return len(self.others) > 0 and bool(self.others(text.upto(0), None)[0])  # pyright: ignore[reportArgumentType] as transformers does
+
+
+def _ends(text: Text, new: int, ends: Ends, streamer: BaseStreamer | None) -> bool:
     """Whether one of a text's last tokens ends it; what comes after that one goes."""
     for length in range(text.length - new + 1, text.length + 1):
         text.length = length
-        ids = text.upto(0)
         if streamer is not None:
-            streamer.put(ids[0, -1:])
-        if bool(stopping(ids, None)[0]):  # pyright: ignore[reportArgumentType] as transformers does
+            streamer.put(text.upto(0)[0, -1:])
+        if ends.after(text):
             return True
     return False
 

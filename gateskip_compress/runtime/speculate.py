@@ -20,8 +20,7 @@ from transformers import LogitsProcessorList
 
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, sure, take_in
-from ..speculation.draft import draft_passages, look_up
-from ..text import drawn
+from ..speculation.draft import look_up, worth_taking
 from .extension import extension
 from .lowered import Lowered, Step
 
@@ -95,16 +94,16 @@ class Speculator:
         if most < 1:
             return None, nothing
         searched = texts if self.control.looks else ()
-        passages = [look_up(text.upto(0)[0, text.padding :], most) for text in searched]
+        passages = [look_up(text.ids[text.padding : text.length], most) for text in searched]
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
             return None, nothing
         if drafter.budget is not None:
             return drafter, self._guess_by_gates(texts, drafter, drafter.budget, most)
-        draft = draft_passages(passages, self.control, most)
-        for text, tokens, evidence in zip(texts, draft.tokens.numpy(), draft.evidence, strict=True):
-            text.ids[text.length : text.length + len(evidence)] = tokens[: len(evidence)]
-        return (drafter if any(draft.evidence) else None), draft.evidence
+        evidence = worth_taking(passages, self.control, most)
+        for text, passage, own in zip(texts, passages, evidence, strict=True):
+            text.ids[text.length : text.length + len(own)] = passage.tokens[: len(own)]
+        return (drafter if any(evidence) else None), evidence
 
     def _guess_by_gates(self, texts: Sequence[Text], drafter: Drafter, share: float, most: int) -> list[list[Hashable]]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
@@ -141,25 +140,36 @@ class Speculator:
     def _verify(self, texts: Sequence[Text], counts: list[int]) -> Step:
         """What each text's last token and the guesses behind it give, text after text."""
         lasts = [text.length - 1 for text in texts]
-        ids = np.concatenate([t.ids[at : at + n] for t, at, n in zip(texts, lasts, counts, strict=True)])
+        ids = [t.ids[at : at + n] for t, at, n in zip(texts, lasts, counts, strict=True)]
+        logits = self.sampled or len(texts[0].processors) > 0
+        if len(texts) == 1:  # in few calls: what each of them needs lies in memory, not in the processor's caches
+            return self.session.run_row(
+                ids[0], texts[0].row, lasts[0] - texts[0].padding, wanted=counts[0], logits=logits
+            )
         rows = np.repeat(np.array([text.row for text in texts], dtype=np.int32), counts)
         places = [np.arange(at - t.padding, at - t.padding + n) for t, at, n in zip(texts, lasts, counts, strict=True)]
-        want = np.arange(len(ids), dtype=np.int32)
-        logits = self.sampled or len(texts[0].processors) > 0
-        return self.session.run(ids, rows, np.concatenate(places).astype(np.int32), want, logits=logits)
+        want = np.arange(sum(counts), dtype=np.int32)
+        return self.session.run(np.concatenate(ids), rows, np.concatenate(places).astype(np.int32), want, logits=logits)
 
     def _choice(self, step: Step, at: int, text: Text, guessed: int) -> int:
         """The token after a text and some guessed ones, out of place `at` of a call."""
         if step.logits is None:
             return int(step.best[at])
-        return int(choose(text.upto(guessed), step.logits[at : at + 1], text.processors, self.sampled))
+        logits = step.logits[at : at + 1]
+        return int(choose(self.session, text.upto(guessed), logits, text.processors, self.sampled))
 
 
 def choose(
-    ids: Int[Tensor, "b t"], logits: Float[Tensor, "b v"], processors: LogitsProcessorList, sampled: bool
+    session: Lowered,
+    ids: Int[Tensor, "b t"],
+    logits: Float[Tensor, "b v"],
+    processors: LogitsProcessorList,
+    sampled: bool,
 ) -> Int[Tensor, " b"]:
-    """The next token of each sequence, as transformers chooses it."""
+    """The next token of each sequence, as transformers chooses it; drawn by torch's global generator."""
     scores = processors(ids, logits)
     if not sampled:
         return scores.argmax(dim=-1)
-    return drawn(scores.softmax(dim=-1, dtype=torch.float64))[:, 0]
+    chances = torch.rand(len(scores), dtype=torch.float64).tolist()
+    draw, rows = extension().draw, scores.float().numpy()
+    return torch.tensor([draw(session.kernels, row, chance) for row, chance in zip(rows, chances, strict=True)])

@@ -176,12 +176,12 @@ class _Decoder:
         nothing = Draft(last[:, :0], last.new_zeros(len(texts)), None, [[] for _ in texts])
         if most < 1:
             return None, nothing
-        passages = [look_up(text, most) for text in texts] if self.control.looks else []
+        passages = [look_up(text.cpu().numpy(), most) for text in texts] if self.control.looks else []
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
             return None, nothing
         if drafter.budget is None:
-            draft = draft_passages(passages, self.control, most)
+            draft = draft_passages(passages, self.control, most, last.device)
             return (drafter, draft) if draft.tokens.shape[1] else (None, nothing)
         with drafting(self.rows.model), budget(self.rows.model, drafter.budget):
             draft = draft_by_gates(

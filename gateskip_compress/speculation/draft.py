@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,10 +37,10 @@ class Passage:
     """What followed when the text's last `found` tokens stood there before; empty where they never did."""
 
     found: int
-    tokens: Int[Tensor, " k"]
+    tokens: Int[np.ndarray, " k"]
 
 
-def look_up(text: Int[Tensor, " t"], most: int) -> Passage:
+def look_up(text: Int[np.ndarray, " t"], most: int) -> Passage:
     """Search a text for its own last tokens, three, two or one, the latest place first (prompt lookup).
 
     A passage that runs into the end of the text goes on with itself, so that a loop is drafted whole.
@@ -48,27 +49,31 @@ def look_up(text: Int[Tensor, " t"], most: int) -> Passage:
         text: Without padding.
         most: Tokens to return.
     """
-    ids = text.cpu().numpy()
-    whole, size = ids.tobytes(), ids.itemsize  # bytes are searched in microseconds
-    for found in range(min(LONGEST, len(ids) - 1), 0, -1):
+    whole, size = text.tobytes(), text.itemsize  # bytes are searched in microseconds
+    for found in range(min(LONGEST, len(text) - 1), 0, -1):
         passage, end = whole[-found * size :], len(whole) - size
         while (at := whole.rfind(passage, 0, end)) % size and at > 0:  # across tokens
             end = at + len(passage) - 1
         if at >= 0:
-            begin = at // size + found
-            period = len(ids) - begin
-            return Passage(found, text[begin + torch.arange(most, device=text.device) % period])
+            behind = text[at // size + found :]
+            return Passage(found, behind[:most] if len(behind) >= most else np.resize(behind, most))
     return Passage(0, text[:0])
 
 
-def draft_passages(passages: Sequence[Passage], control: Control, most: int) -> Draft:
-    """Take from each row's passage as many tokens as are worth it."""
+def worth_taking(passages: Sequence[Passage], control: Control, most: int) -> list[list[Hashable]]:
+    """As many tokens of each row's passage as are worth it: their evidence."""
     lengths = [control.look_up_length(p.found, min(most, len(p.tokens)))[0] if p.found else 0 for p in passages]
-    tokens = passages[0].tokens.new_zeros(len(passages), max(lengths))
-    for row, (passage, length) in enumerate(zip(passages, lengths, strict=True)):
-        tokens[row, :length] = passage.tokens[:length]
-    evidence = [[looked_up(p.found, i) for i in range(n)] for p, n in zip(passages, lengths, strict=True)]
-    return Draft(tokens, tokens.new_tensor(lengths), None, evidence)
+    return [[looked_up(p.found, i) for i in range(n)] for p, n in zip(passages, lengths, strict=True)]
+
+
+def draft_passages(passages: Sequence[Passage], control: Control, most: int, device: torch.device) -> Draft:
+    """Take from each row's passage what is worth it."""
+    evidence = worth_taking(passages, control, most)
+    lengths = torch.tensor([len(own) for own in evidence], device=device)
+    tokens = lengths.new_zeros(len(passages), int(lengths.max()))
+    for row, (passage, own) in enumerate(zip(passages, evidence, strict=True)):
+        tokens[row, : len(own)] = torch.from_numpy(passage.tokens[: len(own)])
+    return Draft(tokens, lengths, None, evidence)
 
 
 def draft_by_gates(

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -180,6 +181,13 @@ float exp_sum(const std::string& kernels, Floats x, float top) {
   return kernels_named(kernels).exp_sum(x.data(), static_cast<int>(x.size()), top);
 }
 
+int draw(const std::string& kernels, Floats scores, double chance) {
+  check(scores.size() > 0 && chance >= 0 && chance < 1, "a draw takes scores, and a chance from 0 to below 1");
+  const int found = kernels_named(kernels).draw(scores.data(), static_cast<int>(scores.size()), chance);
+  check(found >= 0, "no token can be drawn: scores are not numbers, or all of them are -inf");
+  return found;
+}
+
 Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
   check(gate.size() == up.size(), "gate and up differ in size");
   Floats y(gate.size());
@@ -276,29 +284,12 @@ struct HeldModel {
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
   py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
                 bool with_decisions, bool with_shares, bool draft, int vocabulary) {
-    const Shape& s = model.shape;
-    Call call;
-    call.count = static_cast<int>(ids.size());
-    check(call.count >= 1 && call.count <= kWindow, "a call takes 1 to " + std::to_string(kWindow) + " tokens, not " +
-                                                        std::to_string(call.count));
-    check(rows.size() == call.count && positions.size() == call.count, "ids, rows and positions differ in length");
-    const auto within = [](const Ints& values, int end, const char* what) {
-      for (py::ssize_t i = 0; i < values.size(); ++i)
-        check(values.at(i) >= 0 && values.at(i) < end,
-              std::string(what) + " " + std::to_string(values.at(i)) + " must be from 0 to " + std::to_string(end - 1));
-    };
-    within(ids, s.vocabulary, "token id");
-    within(rows, s.rows, "row");
-    within(positions, s.context, "position");
+    Call call = checked(ids, rows, positions, thresholds);
     within(want, call.count, "wanted token");
     check(want.size() <= call.count, "more tokens are wanted than there are");
-    call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data(), call.draft = draft;
-    if (thresholds) {
-      check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
-      call.thresholds = thresholds->data();
-    }
-    call.wanted = static_cast<int>(want.size()), call.want = want.data();
-    check(vocabulary == s.vocabulary || (vocabulary > 0 && vocabulary < s.vocabulary && vocabulary % kChunk == 0),
+    call.draft = draft, call.wanted = static_cast<int>(want.size()), call.want = want.data();
+    const int all = model.shape.vocabulary;
+    check(vocabulary == all || (vocabulary > 0 && vocabulary < all && vocabulary % kChunk == 0),
           "a part of the vocabulary is whole chunks of it");
     call.vocabulary = vocabulary;
     Ints best(want.size());
@@ -322,13 +313,69 @@ struct HeldModel {
       call.shares = all.mutable_data();
       shares = all;
     }
-    {
-      std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
-      if (!lock) throw std::runtime_error("this session is at work in another thread; give each thread its own");
-      py::gil_scoped_release release;
-      model.run(call);
-    }
+    at_work([&] { model.run(call); });
     return py::make_tuple(best, logits, kept, scores, shares);
+  }
+
+  // Decodes: runs a token of each of several rows, then the best ones after these, and so on; at most `steps` times, and
+  // no further than where a row comes to one of `ends`. Returns the best tokens, (steps, rows).
+  Ints follow(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, int steps, Ints ends) {
+    Call call = checked(ids, rows, positions, thresholds);
+    const int count = call.count;
+    for (int i = 0; i < count; ++i)
+      check(steps >= 1 && call.positions[i] + steps <= model.shape.context, "steps do not fit into the cache");
+    std::vector<int32_t> places(call.positions, call.positions + count), want(count), found;
+    for (int i = 0; i < count; ++i) want[i] = i;
+    found.reserve(size_t(steps) * count);
+    call.positions = places.data(), call.want = want.data(), call.wanted = count;
+    call.vocabulary = model.shape.vocabulary;
+    at_work([&] {
+      for (bool ended = false; !ended && found.size() < size_t(steps) * count;) {
+        found.resize(found.size() + count);
+        call.best = found.data() + found.size() - count;
+        model.run(call);
+        call.ids = call.best;
+        for (int i = 0; i < count; ++i) {
+          ++places[i];
+          ended |= std::count(ends.data(), ends.data() + ends.size(), call.best[i]) > 0;
+        }
+      }
+    });
+    Ints out({py::ssize_t(found.size()) / count, py::ssize_t(count)});
+    std::copy(found.begin(), found.end(), out.mutable_data());
+    return out;
+  }
+
+ private:
+  static void within(const Ints& values, int end, const char* what) {
+    for (py::ssize_t i = 0; i < values.size(); ++i)
+      check(values.at(i) >= 0 && values.at(i) < end,
+            std::string(what) + " " + std::to_string(values.at(i)) + " must be from 0 to " + std::to_string(end - 1));
+  }
+
+  Call checked(const Ints& ids, const Ints& rows, const Ints& positions, const std::optional<Floats>& thresholds) {
+    Call call;
+    call.count = static_cast<int>(ids.size());
+    check(call.count >= 1 && call.count <= kWindow, "a call takes 1 to " + std::to_string(kWindow) + " tokens, not " +
+                                                        std::to_string(call.count));
+    check(rows.size() == call.count && positions.size() == call.count, "ids, rows and positions differ in length");
+    within(ids, model.shape.vocabulary, "token id");
+    within(rows, model.shape.rows, "row");
+    within(positions, model.shape.context, "position");
+    call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data();
+    if (thresholds) {
+      check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
+      call.thresholds = thresholds->data();
+    }
+    return call;
+  }
+
+  template <class Work>
+  void at_work(Work work) {
+    std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
+    if (!lock) throw std::runtime_error("this session is at work in another thread; give each thread its own");
+    py::gil_scoped_release release;
+    work();
   }
 };
 
@@ -351,6 +398,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("quantize", &quantize);
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
+  m.def("draw", &draw);
   m.def("swiglu", &swiglu);
   m.def("attend", &attend);
   m.def("read_bandwidth", &read_bandwidth);
@@ -411,5 +459,6 @@ PYBIND11_MODULE(_native, m) {
   py::class_<HeldModel>(m, "Model")
       .def(py::init<const Shape&, const std::string&, int>())
       .def("finish", &HeldModel::finish)
-      .def("run", &HeldModel::run);
+      .def("run", &HeldModel::run)
+      .def("follow", &HeldModel::follow);
 }

@@ -82,6 +82,8 @@ struct Kernels {
   float (*dot)(const float* x, const float* y, int width);
   // Sum of e^(x - top).
   float (*exp_sum)(const float* x, int count, float top);
+  // An entry as likely as the softmax of the scores says, by a number from 0 to below 1; -1 where that is undefined.
+  int (*draw)(const float* scores, int count, double chance);
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int width);
   void (*attend)(const Queries&, Element);

@@ -323,6 +323,48 @@ float exp_sum(const float* x, int count, float top) {
 }
 
 template <class V>
+int draw(const float* scores, int count, double chance) {
+  constexpr int run = 64;
+  float weights[run], rest[run], lane[V::lanes];  // the last run is filled up with what weighs nothing
+  const int whole = count / run * run;
+  for (int i = 0; i < run; ++i) rest[i] = whole + i < count ? scores[whole + i] : -INFINITY;
+  F<V> most = V::load(rest);
+  for (int i = V::lanes; i < run; i += V::lanes) most = larger<V>(V::load(rest + i), most);
+  for (int i = 0; i < whole; i += V::lanes) most = larger<V>(V::load(scores + i), most);
+  V::store(lane, most);
+  float top = lane[0];
+  for (float value : lane) top = value > top ? value : top;
+  const auto weigh = [&](int begin) {  // the run from there on
+    const float* from = begin < whole ? scores + begin : rest;
+    F<V> sum = V::set(0);
+    for (int i = 0; i < run; i += V::lanes) {
+      const F<V> x = V::load(from + i) - V::set(top);
+      const F<V> weight = x < V::set(-87) ? V::set(0) : exponential<V>(x);
+      V::store(weights + i, weight);
+      sum = sum + weight;
+    }
+    return static_cast<double>(total<V>(sum));
+  };
+  double all = 0, below = 0;
+  for (int begin = 0; begin < count; begin += run) all += weigh(begin);
+  int found = -1;  // the last one with any weight, should rounding leave the chance above all sums
+  for (int begin = 0; begin < count; begin += run) {
+    const double sum = weigh(begin);
+    if (sum > 0 && below + sum <= chance * all && begin + run < count) {
+      below += sum;
+      continue;
+    }
+    for (int i = 0; i < run; ++i) {
+      if (!(weights[i] > 0)) continue;
+      found = begin + i;
+      below += static_cast<double>(weights[i]);
+      if (below > chance * all) return found;
+    }
+  }
+  return all > 0 ? found : -1;
+}
+
+template <class V>
 inline F<V> silu(F<V> x) {
   return x / (V::set(1) + exponential<V>(-x));
 }
@@ -488,7 +530,7 @@ void attend(const Queries& to, Element element) {
 
 template <class V>
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, swiglu<V>, attend<V>};
+  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, swiglu<V>, attend<V>};
 }
 
 }  // namespace
