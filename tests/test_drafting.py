@@ -268,3 +268,17 @@ def test_the_better_of_several_budgets_is_found():
         stands = draws.index(False) if False in draws else 4
         control.learn(drafter, [[sure(drafter.budget, 0.9)] * 4], [stands], 4 * cost, 1.5)
     assert used[100:].count(cheap) > 250
+
+
+def test_idle_is_how_long_nobody_drafts():
+    """Simulated a plain step at a time: while some tokens are idle, no drafter is chosen."""
+    control, waited = Control([Drafter(None), Drafter(0.7), Drafter(0.5)], 4), 0
+    for _ in range(600):
+        promised, drafter = control.idle, control.choose(3 if control.looks else 0)
+        assert drafter is None or promised < 1
+        waited = max(waited, promised)
+        if drafter is None:
+            control.plain(1.0)
+        else:
+            control.learn(drafter, [[sure(0.5, 0.9)] * 2], [0], 1.0, 1.3)
+    assert waited > 30

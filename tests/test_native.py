@@ -18,7 +18,9 @@ from gateskip_compress.gating.dial import Dial, decisions, dial_of, drafting
 from gateskip_compress.gating.transform import put_in
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
+from gateskip_compress.runtime.lowered import Lowered
 from gateskip_compress.speculation.acceptance import Acceptance
+from gateskip_compress.speculation.control import Control
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
 KERNELS = [name for name, _ in native.kernels()]
@@ -182,6 +184,27 @@ def test_texts_of_a_batch_end_where_transformers_ends_them(small, session):
         expected = small.generate(ids, **settings)
     assert (expected[:, 9:] == 0).any()  # not all end at once
     assert torch.equal(session.generate(ids, **settings), expected)
+
+
+def test_where_nobody_drafts_steps_go_together(small, session, monkeypatch):
+    steps, follow = [], Lowered.follow
+
+    def followed(self, *args):
+        found = follow(self, *args)
+        steps.append(len(found))
+        return found
+
+    monkeypatch.setattr(Lowered, "follow", followed)
+    monkeypatch.setattr(Control, "idle", property(lambda control: 5 if control._plain else 0))
+    ids, settings = tokens(2, 9), dict(max_new_tokens=33, do_sample=False)
+    expected = session.generate(ids, **settings)
+    steps.clear()
+    monkeypatch.setattr(small, "speculation_controls", {}, raising=False)
+    speculating = dict(speculate=True, draft_budget=0.5, draft_tokens=3)
+    counts = Acceptance()
+    assert torch.equal(session.generate(ids, **settings, **speculating, acceptance=counts), expected)
+    assert max(steps) == 5
+    assert counts.plain_steps + counts.accepted + counts.verifies == 2 * 33
 
 
 @pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(draft_budget=0.4, draft_tokens=7)])

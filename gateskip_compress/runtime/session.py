@@ -26,10 +26,7 @@ from ..speculation.scores import check_processors, of_rows
 from ..speculation.transform import SelfSpeculation, settings_of
 from .extension import extension
 from .lowered import Lowered
-from .speculate import Speculator, Text, choose
-
-_BURST_S = 0.05
-"""Of greedy decoding in one call: streamed text still flows, and Ctrl-C is heard."""
+from .speculate import BURST_S, Speculator, Text, choose
 
 
 class Session(Lowered):
@@ -98,8 +95,8 @@ class Session(Lowered):
                 self._check_speculation(input_ids, logits_processor, streamer, settings)
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), runtime="native")
-                speculator = Speculator(self, control, counts, sampled=sampled)
-                texts = self._texts(input_ids, padding, logits_processor)
+                speculator = Speculator(self, control, counts, end_tokens(generation_config), sampled=sampled)
+                texts = self._texts(input_ids, padding, logits_processor, generation_config.max_length)
                 grown = _follow(speculator, texts, stopping_criteria, streamer)
                 return side_by_side(grown, generation_config)
             prompts = [row[hidden:].numpy() for row, hidden in zip(input_ids, padding, strict=True)]
@@ -131,11 +128,13 @@ class Session(Lowered):
                     best = burst.after(chosen.numpy(), positions)
                 positions = positions + 1
 
-    def _texts(self, ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList) -> list[Text]:
+    def _texts(
+        self, ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList, most: int
+    ) -> list[Text]:
         """Prompts to speculate on; the cache then holds them but for their last tokens."""
         texts, own = [], of_rows(processors, len(ids))
         for row, (prompt, hidden) in enumerate(zip(ids.numpy(), padding, strict=True)):
-            room = np.empty(self.context_tokens + hidden + 1, dtype=np.int64)
+            room = np.empty(most, dtype=np.int64)
             room[: len(prompt)] = prompt
             texts.append(Text(row, room, len(prompt), hidden, own[row]))
             if len(prompt) - hidden > 1:
@@ -188,8 +187,7 @@ class Burst:
 
     def __init__(self, session: Lowered, rows: Int[np.ndarray, " b"], left: int, config: GenerationConfig) -> None:
         self.session, self.rows, self.left = session, rows, left
-        ends: Tensor | None = getattr(config, "_eos_token_tensor", None)
-        self.ends = np.zeros(0, dtype=np.int32) if ends is None else ends.numpy().astype(np.int32)
+        self.ends = end_tokens(config)
         self.ahead: deque[Int[np.ndarray, " b"]] = deque()
         self.steps = 1
 
@@ -198,9 +196,15 @@ class Burst:
         if not self.ahead:
             clock, steps = Clock(), min(self.steps, self.left)
             self.ahead.extend(self.session.follow(ids, self.rows, positions, steps, self.ends))
-            self.steps = max(1, int(_BURST_S * len(self.ahead) / clock.lap()))
+            self.steps = max(1, int(BURST_S * len(self.ahead) / clock.lap()))
             self.left -= len(self.ahead)
         return self.ahead.popleft()
+
+
+def end_tokens(config: GenerationConfig) -> Int[np.ndarray, " e"]:
+    """Tokens that end a text, as `generate` prepared them."""
+    ends: Tensor | None = getattr(config, "_eos_token_tensor", None)
+    return np.zeros(0, dtype=np.int32) if ends is None else ends.numpy().astype(np.int32)
 
 
 @contextmanager

@@ -28,13 +28,17 @@ Guesses = tuple[Drafter | None, list[list[Hashable]]]
 """Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
 
 
+BURST_S = 0.05
+"""Of greedy steps in one call: streamed text still flows, and Ctrl-C is heard."""
+
+
 @dataclass
 class Text:
     """A sequence that grows.
 
     Args:
         row: Of the cache, which holds all of it but the padding and the last token.
-        ids: Room for all that may come.
+        ids: Room for the longest text there may be; as long for all texts.
         length: Of what stands.
         padding: Tokens before the first real one.
         processors: Its own, applied alike to every choice.
@@ -63,30 +67,58 @@ class Speculator:
         sampled: Draw tokens, by torch's global generator.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
+        ends: Tokens that end a text.
     """
 
-    def __init__(self, session: Lowered, control: Control, counts: Acceptance, *, sampled: bool) -> None:
-        self.session, self.control, self.counts, self.sampled = session, control, counts, sampled
+    def __init__(
+        self,
+        session: Lowered,
+        control: Control,
+        counts: Acceptance,
+        ends: Int[np.ndarray, " e"],
+        *,
+        sampled: bool,
+    ) -> None:
+        self.session, self.control, self.counts, self.ends = session, control, counts, ends
+        self.sampled = sampled
 
     def round(self, texts: Sequence[Text]) -> list[list[int]]:
-        """New tokens of each text, one at least; never past the cache."""
-        clock = Clock()
-        room = self.session.context_tokens - max(text.length - text.padding for text in texts)
-        most = min(self.control.most_tokens, room, extension().WINDOW // len(texts) - 1)
+        """New tokens of each text, one at least; never more than there is room for."""
+        clock, room = Clock(), len(texts[0].ids) - max(text.length for text in texts)
+        greedy = not self.sampled and len(texts[0].processors) == 0
+        together = min(room, self.control.idle, self._burst) if greedy else 0
+        if together > 1:
+            return self._plainly(texts, together)
+        most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
         drafter, evidence = self._guess(texts, most)
         guesses, draft_s = [text.guess(len(e)) for text, e in zip(texts, evidence, strict=True)], clock.lap()
         step, found, at = self._verify(texts, [len(guess) + 1 for guess in guesses]), [], 0
+        pass_s = clock.lap()
         for text, guess in zip(texts, guesses, strict=True):
             new: list[int] = []
             while len(new) <= len(guess) and new == guess[: len(new)]:  # as many choices as tokens that stand
                 new.append(self._choice(step, at + len(new), text, len(new)))
             found.append(new)
             at += len(guess) + 1
-        take_in(self.control, self.counts, drafter, evidence, [len(new) - 1 for new in found], draft_s, clock.lap())
-        for text, new in zip(texts, found, strict=True):
-            text.ids[text.length : text.length + len(new)] = new
-            text.length += len(new)
-        return found
+        stands, rest_s, own_s = [len(new) - 1 for new in found], pass_s + clock.lap(), pass_s if greedy else None
+        take_in(self.control, self.counts, drafter, evidence, stands, draft_s, rest_s, own_s)
+        return _appended(texts, found)
+
+    @property
+    def _burst(self) -> int:
+        return max(1, int(BURST_S / self.control.plain_s)) if self.control.idle else 1
+
+    def _plainly(self, texts: Sequence[Text], steps: int) -> list[list[int]]:
+        """Plain steps in one call."""
+        clock, rows = Clock(), np.array([text.row for text in texts], dtype=np.int32)
+        ids = np.array([text.ids[text.length - 1] for text in texts])
+        places = np.array([text.length - 1 - text.padding for text in texts], dtype=np.int32)
+        found = self.session.follow(ids, rows, places, steps, self.ends)
+        seconds = clock.lap()
+        self.control.plain(seconds / len(found), len(found))
+        self.counts.plain_steps += found.size
+        self.counts.plain_s += seconds
+        return _appended(texts, found.T.tolist())
 
     def _guess(self, texts: Sequence[Text], most: int) -> Guesses:
         """By whom the control chooses."""
@@ -157,6 +189,14 @@ class Speculator:
             return int(step.best[at])
         logits = step.logits[at : at + 1]
         return int(choose(self.session, text.upto(guessed), logits, text.processors, self.sampled))
+
+
+def _appended(texts: Sequence[Text], found: list[list[int]]) -> list[list[int]]:
+    """The new tokens, which the texts now end with."""
+    for text, new in zip(texts, found, strict=True):
+        text.ids[text.length : text.length + len(new)] = new
+        text.length += len(new)
+    return found
 
 
 def choose(

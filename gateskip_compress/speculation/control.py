@@ -146,6 +146,14 @@ class Control:
         return median(self._plain)
 
     @property
+    def idle(self) -> int:
+        """Tokens for which nobody will draft, whatever they are: plain steps may be made together."""
+        if not self.adapt or not self._ready:
+            return 0
+        waits = [0.0 if self._gains(d) else (self._debts(d) - _FIRST_LOSS) / _LOSS - self.tokens for d in self.drafters]
+        return int(min([*waits, _PATIENCE - self.since_plain]))
+
+    @property
     def looks(self) -> bool:
         """Whether the next draft may be a passage: else it need not be searched for."""
         looking = next((drafter for drafter in self.drafters if drafter.budget is None), None)
@@ -177,10 +185,15 @@ class Control:
 
     def _may(self, drafter: Drafter) -> bool:
         """Whether it gains, or its losses can be borne."""
-        if drafter.known and drafter.rate > 1:
-            return True
-        alike = [d for d in self.drafters if (d.budget is None) == (drafter.budget is None)]
-        return sum(d.debt for d in alike) <= _FIRST_LOSS + _LOSS * self.tokens
+        return self._gains(drafter) or self._debts(drafter) <= _FIRST_LOSS + _LOSS * self.tokens
+
+    @staticmethod
+    def _gains(drafter: Drafter) -> bool:
+        return drafter.known and drafter.rate > 1
+
+    def _debts(self, drafter: Drafter) -> float:
+        """Of all of its kind."""
+        return sum(d.debt for d in self.drafters if (d.budget is None) == (drafter.budget is None))
 
     def look_up_length(self, found: int, most: int) -> tuple[int, float]:
         """How many tokens of a passage to take, and the tokens per plain step's time to be expected."""
@@ -203,10 +216,10 @@ class Control:
         cost = (median(drafter.step_s) + self.verify.line(self.plain_s)[1]) / self.plain_s
         return chance * drafter.stood / drafter.tried > cost * max(1.0, drafter.rate)
 
-    def plain(self, seconds: float) -> None:
-        """A plain step was made."""
+    def plain(self, seconds: float, steps: int = 1) -> None:
+        """Plain steps were made, that many together; `seconds` are one's."""
         self._plain.append(seconds)
-        self.tokens, self.since_plain = self.tokens + 1, 0.0
+        self.tokens, self.since_plain = self.tokens + steps, 0.0
 
     def learn(
         self, drafter: Drafter, evidence: list[list[Hashable]], stands: list[int], draft_s: float, verify_s: float
@@ -261,6 +274,7 @@ def take_in(
     stands: list[int],
     draft_s: float,
     rest_s: float,
+    pass_s: float | None = None,
 ) -> None:
     """Count what a round came to, and tell the control.
 
@@ -272,11 +286,12 @@ def take_in(
         stands: As there; one a row for plain steps too.
         draft_s: Seconds of drafting.
         rest_s: Of the pass, and of what followed.
+        pass_s: Of the pass alone, where plain decoding spends next to nothing around it; None is all of the above.
     """
     if drafter is None:
         counts.plain_steps += len(stands)
         counts.plain_s += draft_s + rest_s
-        control.plain(draft_s + rest_s)
+        control.plain(draft_s + rest_s if pass_s is None else pass_s)
         return
     control.learn(drafter, evidence, stands, draft_s, rest_s)
     counts.verifies += len(stands)
