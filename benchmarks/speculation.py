@@ -125,12 +125,13 @@ def written(
 ) -> torch.Tensor:
     """What one variant writes."""
     whole = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0, **settings}
+    theirs = name.startswith("transformers")
+    drafts = {} if name == "plain" or theirs else {**VARIANTS[name], "acceptance": counts}
+    if session is not None and not theirs:
+        return session.generate(ids, streamer=times, **whole, speculate=bool(drafts), **drafts)
     whole["stopping_criteria"] = StoppingCriteriaList([] if times is None else [times])
-    if name.startswith("transformers"):
+    if theirs:
         return model.generate(ids, **whole, **VARIANTS[name])
-    drafts = {} if name == "plain" else {**VARIANTS[name], "acceptance": counts}
-    if session is not None:
-        return session.generate(ids, **whole, speculate=bool(drafts), **drafts)
     how = {"custom_generate": g.self_speculative, **drafts} if drafts else {}
     return model.generate(ids, **whole, **how)
 
