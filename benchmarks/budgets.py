@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--passages", nargs="+", type=int, default=[8, 100], help="to calibrate on, 512 tokens at most")
     parser.add_argument("--measured", type=int, default=100, help="passages that are run")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.85, 0.75, 0.6])
+    parser.add_argument("--settings", nargs="+", type=float, help="to calibrate, from above; default: a step's own")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = g.load(given.model)
     dial = dial_of(model)
-    settings = [share for share in BUDGETS if share > min(given.budgets) - BESIDE]
+    settings = given.settings or [share for share in BUDGETS if share > min(given.budgets) - BESIDE]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for text in given.text:
         found = passages(text, tokenizer, 512, 1024 * max(*given.passages, given.measured))
@@ -59,6 +60,7 @@ def main() -> None:
                     "calibration_passages": len(own),
                     "calibration_tokens": sum(map(len, own)),
                     "tokens": sum(map(len, unseen)),
+                    "settings": settings,
                     "budget": share,
                     "macs_share": sum(ran) / sum(whole),
                     "passage_mean": mean(each),
