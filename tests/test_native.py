@@ -311,6 +311,21 @@ def test_a_part_of_the_vocabulary_has_the_bits_of_the_whole(small, kernels):
             logits_of(session, ids, vocabulary=wrong)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("bits", [8, None], ids=["coded", "float"])
+def test_the_quick_head_finds_what_the_whole_head_does(kernels, bits):
+    """Among 20,000 tokens whose rows are alike in pairs, so that 4 bits alone could not tell them apart."""
+    model = tiny("llama", vocab_size=20_000)
+    with torch.no_grad():
+        rows = model.lm_head.weight
+        rows[1::2] = rows[::2] * 1.002
+    steps = [g.Quantize(bits=4, group_size=32, solver="nearest", bits_of={"lm_head": bits})] if bits else []
+    session = lower(compress(model, *steps) if steps else model, kernels=kernels, context_tokens=64, threads=1)
+    ids = tokens(1, 60)[0].numpy()
+    whole = session.run_row(ids, 0, 0, wanted=len(ids), logits=True)
+    assert np.array_equal(session.run_row(ids, 0, 0, wanted=len(ids)).best, whole.best)
+
+
 def test_drafts_choose_among_the_first_quarter_of_a_large_vocabulary():
     model = tiny("llama", vocab_size=20_000)
     session = lower(compress(model, gates(surrogate="mean", budget=0.95)), **EXACT)

@@ -52,7 +52,8 @@ def lower(
         rows: Sequences that decode together at most.
         threads: None is one for each core.
         floats: How projections that are not quantized, and `lowrank` surrogates, are kept.
-        head: How the output head is kept. With `int8`, the largest logits are computed again from its float rows.
+        head: How the output head is kept. With `int8`, greedy decoding reads a copy of 4 bits, and computes the largest
+            logits again from the head's own rows; where logits are asked for, its float rows correct the largest.
         cache: How keys and values are kept. `int8`, with a scale for each position and head, halves a long cache and
             what is read of it.
         activation_bits: Of what meets quantized weights: 16 is as exact as the float path and costs one token nothing,
@@ -90,15 +91,17 @@ def lower(
             free(block)
         own_what_is_left(model)
     output = pack.head(model.get_output_embeddings(), head)
+    quick = pack.quick_head(model.get_output_embeddings(), output)
     embedding = pack.embedding(model.get_input_embeddings(), model.get_output_embeddings(), output)
     file.keep()
     cos, sin = _rope(model, context_tokens)
     shape.rotated = cos.shape[1]
-    rounded = head == "int8" and not is_coded(model.get_output_embeddings())
-    exact = table(model.get_output_embeddings()) if rounded else None
+    exact = None if quick is None else output
+    if head == "int8" and not is_coded(model.get_output_embeddings()):
+        exact = table(model.get_output_embeddings())
     built = native.Model(shape, pack.kernels, used)
     norm = model.model.norm.weight
-    built.finish(layers, vector(norm), output, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
+    built.finish(layers, vector(norm), output, quick, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
     if release:
         for vocabulary in (model.get_output_embeddings(), model.get_input_embeddings()):
             if is_coded(vocabulary):

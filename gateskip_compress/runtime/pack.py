@@ -115,6 +115,18 @@ class Packer:
         slices = (quantize(part.float(), 8, _HEAD_GROUP, symmetric=True) for part in weight.split(_SLICE_ROWS))
         return self.keep("head", "int8", weight.shape, _HEAD_GROUP, lambda: self.pack("int8", slices), bias)
 
+    def quick_head(self, module: Any, head: Any) -> Any:
+        """The output head in 4 bits, which finds the few tokens that may be best; None beside one that is no int8."""
+        coded = is_coded(module)
+        if not head.coded or (coded and module.bits < 8):
+            return None
+        self.bytes_per_token -= head.nbytes  # of which a greedy token reads a few rows
+        rows: Callable[[Tensor], Tensor] = module.rows if coded else module.weight.detach().__getitem__
+        some = torch.arange(module.out_features).split(_SLICE_ROWS)
+        slices = (quantize(rows(places).float(), 4, _HEAD_GROUP, symmetric=False) for places in some)
+        shape = torch.Size((module.out_features, module.in_features))
+        return self.keep("quick_head", "int4", shape, _HEAD_GROUP, lambda: self.pack("int4", slices), None)
+
     def embedding(self, module: nn.Module, head: nn.Module, packed_head: Any) -> Any:
         """The embedding: floats where they lie, or codes, which are the head's where the two are one matrix."""
         if not isinstance(module, QuantizedEmbedding) or not is_coded(module):

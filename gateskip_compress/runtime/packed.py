@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from ..checkpoint import MANIFEST
 from ..folders import write_whole
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Of the packed bytes; to be raised when `native/kernels.h` lays them out in another way, or others are kept."""
 Bytes = UInt8[np.ndarray, " n"]
 

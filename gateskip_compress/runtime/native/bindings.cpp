@@ -249,22 +249,31 @@ struct HeldModel {
 
   HeldModel(const Shape& shape, const std::string& kernels, int threads) : model(shape, kernels_named(kernels), threads) {}
 
-  // Finishes a model whose layers are set. Tables (vocabulary, width) are float, or bf16 as 16-bit integers; the embedding
-  // may be a matrix of codes instead.
-  void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::object embedding,
-              std::optional<py::array> exact_head, Floats cos, Floats sin, py::object owners) {
+  // Finishes a model whose layers are set. Tables (vocabulary, width) are float, bf16 as 16-bit integers, or matrices of
+  // codes.
+  void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::object quick_head,
+              py::object embedding, py::object exact_head, Floats cos, Floats sin, py::object owners) {
     const Shape& s = model.shape;
     check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
     check(head.rows == s.vocabulary && head.columns == s.width, "the head's shape does not fit");
     model.layers = std::move(layers);
     model.norm = std::move(norm);
     model.head = head;
-    model.embedding = py::isinstance<HeldMatrix>(embedding) ? coded(embedding.cast<const HeldMatrix&>())
-                                                            : table(embedding.cast<py::array>());
-    if (exact_head) model.exact_head = table(*exact_head);
+    if (!quick_head.is_none()) {
+      model.quick_head = quick_head.cast<const HeldMatrix&>();
+      check(model.quick_head.rows == s.vocabulary && model.quick_head.columns == s.width,
+            "the quick head's shape does not fit");
+      check(!exact_head.is_none(), "a quick head needs exact rows");
+    }
+    model.embedding = either(embedding);
+    if (!exact_head.is_none()) model.exact_head = either(exact_head);
     model.cos = cos.data(), model.sin = sin.data();
-    held = {embedding, py::cast(exact_head), cos, sin, py::cast(head), owners};
+    held = {embedding, exact_head, quick_head, cos, sin, py::cast(head), owners};
     model.prepare();
+  }
+
+  Table either(const py::object& rows) const {
+    return py::isinstance<HeldMatrix>(rows) ? coded(rows.cast<const HeldMatrix&>()) : table(rows.cast<py::array>());
   }
 
   Table coded(const HeldMatrix& rows) const {
@@ -408,6 +417,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&hold), py::arg("kernels"), py::arg("kind"), py::arg("rows"), py::arg("columns"),
            py::arg("group"), py::arg("packed"), py::arg("bias") = py::none())
       .def_property_readonly("coded", [](const HeldMatrix& m) { return m.kind == Kind::int4 || m.kind == Kind::int8; })
+      .def_property_readonly("nbytes", [](const HeldMatrix& m) { return m.packed.nbytes(); })
       .def_readonly("rows", &HeldMatrix::rows)
       .def_readonly("columns", &HeldMatrix::columns);
   py::class_<Surrogate>(m, "Surrogate")

@@ -275,9 +275,9 @@ void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& to
     for (int i = begin; i < end; ++i) hidden_[size_t(token) * shape.width + i] += surrogate.offset[i];
 }
 
-// The largest of the logits [begin, end), -1 where there are none. Where the head is coarser than its float rows are, the
-// few largest are computed again from these, and those decide.
-int Model::largest(float* logits, int begin, int end, const float* x, float* row) const {
+// The largest of the logits [begin, end), -1 where there are none. Where they come from a head that is coarser than its
+// exact rows are, the few largest are computed again from these, and those decide.
+int Model::largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const {
   int top[kRescored], count = 0;
   for (int i = begin; i < end; ++i) {
     if (count == kRescored && !(logits[i] > logits[top[count - 1]])) continue;
@@ -286,7 +286,7 @@ int Model::largest(float* logits, int begin, int end, const float* x, float* row
     top[place] = i;
   }
   int best = count ? top[0] : -1;
-  if (!exact_head.data) return best;
+  if (exact) return best;
   for (int i = 0; i < count; ++i) {
     copy_row(exact_head, top[i], row);
     logits[top[i]] = kernels.dot(x, row, shape.width);
@@ -299,6 +299,7 @@ int Model::largest(float* logits, int begin, int end, const float* x, float* row
 // Logits of the wanted tokens, and the largest of each.
 void Model::read_out(const Call& call, int thread) {
   const int size = call.vocabulary;
+  const bool quick = quick_head.data && !call.logits, exact = !quick && !exact_head.data;
   for (int first = 0; first < call.wanted; first += kLogits) {
     const int count = std::min(kLogits, call.wanted - first);
     const auto [begin, end] = share(count, thread);
@@ -310,11 +311,11 @@ void Model::read_out(const Call& call, int thread) {
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
     const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
-    kernels.multiply(head, from, to, normed_, lists_[thread].all.data(), count, logits, size);
+    kernels.multiply(quick ? quick_head : head, from, to, normed_, lists_[thread].all.data(), count, logits, size);
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
           largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),
-                  normed_.floats(i), row_ + size_t(thread) * shape.width);
+                  exact, normed_.floats(i), row_ + size_t(thread) * shape.width);
     team_.wait();
     for (int i = begin; i < end; ++i) {
       const float* row = logits + size_t(i) * size;

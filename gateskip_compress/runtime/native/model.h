@@ -17,7 +17,7 @@ namespace gateskip {
 
 constexpr int kWindow = 128;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
-constexpr int kRescored = 8;  // of the largest logits, by each thread
+constexpr int kRescored = 32;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
 struct Surrogate {
@@ -79,8 +79,8 @@ class Model {
 
   std::vector<Layer> layers;
   std::vector<float> norm;
-  Matrix head;
-  Table embedding, exact_head;  // (vocabulary, width); the latter, where there is one, corrects the largest logits
+  Matrix head, quick_head;      // (vocabulary, width); the latter, where there is one, finds best tokens alone
+  Table embedding, exact_head;  // likewise; the latter corrects the largest logits: always as floats, else of `quick_head`
   const float *cos = nullptr, *sin = nullptr;  // (context, rotated)
 
   const Shape shape;
@@ -108,7 +108,7 @@ class Model {
   void mlp(const Call& call, int layer, int thread);
   void place(const Call& call, int layer, int token, bool kept);
   void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
-  int largest(float* logits, int begin, int end, const float* x, float* row) const;
+  int largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const;
   void read_out(const Call& call, int thread);
 
   void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
