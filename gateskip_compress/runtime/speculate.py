@@ -9,86 +9,45 @@ guessed. What was guessed wrong stays in the cache beyond the text's end, where 
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, sure, take_in
 from ..speculation.draft import look_up, worth_taking
 from .extension import extension
-from .lowered import Lowered, Step
+from .greedy import Greedy
+from .lowered import Step
+from .texts import Text, choice
 
 Guesses = tuple[Drafter | None, list[list[Hashable]]]
 """Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
-
-
-BURST_S = 0.05
-"""Of greedy steps in one call: streamed text still flows, and Ctrl-C is heard."""
-
-
-@dataclass
-class Text:
-    """A sequence that grows.
-
-    Args:
-        row: Of the cache, which holds all of it but the padding and the last token.
-        ids: Room for the longest text there may be; as long for all texts.
-        length: Of what stands.
-        padding: Tokens before the first real one.
-        processors: Its own, applied alike to every choice.
-    """
-
-    row: int
-    ids: Int[np.ndarray, " most"]
-    length: int
-    padding: int
-    processors: LogitsProcessorList
-
-    def upto(self, guessed: int) -> Int[Tensor, "1 t"]:
-        """The text and some guessed tokens, where they lie."""
-        return torch.from_numpy(self.ids[None, : self.length + guessed])
-
-    def guess(self, count: int) -> list[int]:
-        """The tokens behind it."""
-        return self.ids[self.length :][:count].tolist()
 
 
 class Speculator:
     """Decodes texts round by round.
 
     Args:
-        session: Its cache holds what `Text` says.
-        sampled: Draw tokens, by torch's global generator.
+        greedy: Makes plain steps where nobody guesses, and has the session.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
-        ends: Tokens that end a text.
+        sampled: Draw tokens, by torch's global generator.
     """
 
-    def __init__(
-        self,
-        session: Lowered,
-        control: Control,
-        counts: Acceptance,
-        ends: Int[np.ndarray, " e"],
-        *,
-        sampled: bool,
-    ) -> None:
-        self.session, self.control, self.counts, self.ends = session, control, counts, ends
+    def __init__(self, greedy: Greedy, control: Control, counts: Acceptance, *, sampled: bool) -> None:
+        self.greedy, self.session, self.control, self.counts = greedy, greedy.session, control, counts
         self.sampled = sampled
 
-    def round(self, texts: Sequence[Text]) -> list[list[int]]:
-        """New tokens of each text, one at least; never more than there is room for."""
-        clock, room = Clock(), len(texts[0].ids) - max(text.length for text in texts)
+    def round(self, texts: Sequence[Text]) -> list[int]:
+        """Guess, verify, and let each text grow by what stands."""
+        clock, room = Clock(), min(text.room for text in texts)
         greedy = not self.sampled and len(texts[0].processors) == 0
-        together = min(room, self.control.idle, self._burst) if greedy else 0
-        if together > 1:
-            return self._plainly(texts, together)
+        if greedy and self.control.idle > 1:
+            return self._plainly(texts)
         most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
         drafter, evidence = self._guess(texts, most)
         guesses, draft_s = [text.guess(len(e)) for text, e in zip(texts, evidence, strict=True)], clock.lap()
@@ -97,28 +56,22 @@ class Speculator:
         for text, guess in zip(texts, guesses, strict=True):
             new: list[int] = []
             while len(new) <= len(guess) and new == guess[: len(new)]:  # as many choices as tokens that stand
-                new.append(self._choice(step, at + len(new), text, len(new)))
+                new.append(choice(self.session, step, at + len(new), text, len(new), sampled=self.sampled))
             found.append(new)
             at += len(guess) + 1
         stands, rest_s, own_s = [len(new) - 1 for new in found], pass_s + clock.lap(), pass_s if greedy else None
         take_in(self.control, self.counts, drafter, evidence, stands, draft_s, rest_s, own_s)
-        return _appended(texts, found)
+        for text, new in zip(texts, found, strict=True):
+            text.append(new)
+        return [len(new) for new in found]
 
-    @property
-    def _burst(self) -> int:
-        return max(1, int(BURST_S / self.control.plain_s)) if self.control.idle else 1
-
-    def _plainly(self, texts: Sequence[Text], steps: int) -> list[list[int]]:
-        """Plain steps in one call."""
-        clock, rows = Clock(), np.array([text.row for text in texts], dtype=np.int32)
-        ids = np.array([text.ids[text.length - 1] for text in texts])
-        places = np.array([text.length - 1 - text.padding for text in texts], dtype=np.int32)
-        found = self.session.follow(ids, rows, places, steps, self.ends)
-        seconds = clock.lap()
-        self.control.plain(seconds / len(found), len(found))
-        self.counts.plain_steps += found.size
-        self.counts.plain_s += seconds
-        return _appended(texts, found.T.tolist())
+    def _plainly(self, texts: Sequence[Text]) -> list[int]:
+        """Plain steps, some to a call: nobody may draft for a while."""
+        made = self.greedy.steps(texts, min(self.control.idle, self.greedy.together))
+        self.control.plain(self.greedy.step_s, made[0])
+        self.counts.plain_steps += sum(made)
+        self.counts.plain_s += self.greedy.step_s * made[0]
+        return made
 
     def _guess(self, texts: Sequence[Text], most: int) -> Guesses:
         """By whom the control chooses."""
@@ -182,34 +135,3 @@ class Speculator:
         places = [np.arange(at - t.padding, at - t.padding + n) for t, at, n in zip(texts, lasts, counts, strict=True)]
         want = np.arange(sum(counts), dtype=np.int32)
         return self.session.run(np.concatenate(ids), rows, np.concatenate(places).astype(np.int32), want, logits=logits)
-
-    def _choice(self, step: Step, at: int, text: Text, guessed: int) -> int:
-        """The token after a text and some guessed ones, out of place `at` of a call."""
-        if step.logits is None:
-            return int(step.best[at])
-        logits = step.logits[at : at + 1]
-        return int(choose(self.session, text.upto(guessed), logits, text.processors, self.sampled))
-
-
-def _appended(texts: Sequence[Text], found: list[list[int]]) -> list[list[int]]:
-    """The new tokens, which the texts now end with."""
-    for text, new in zip(texts, found, strict=True):
-        text.ids[text.length : text.length + len(new)] = new
-        text.length += len(new)
-    return found
-
-
-def choose(
-    session: Lowered,
-    ids: Int[Tensor, "b t"],
-    logits: Float[Tensor, "b v"],
-    processors: LogitsProcessorList,
-    sampled: bool,
-) -> Int[Tensor, " b"]:
-    """The next token of each sequence, as transformers chooses it; drawn by torch's global generator."""
-    scores = processors(ids, logits)
-    if not sampled:
-        return scores.argmax(dim=-1)
-    chances = torch.rand(len(scores), dtype=torch.float64).tolist()
-    draw, rows = extension().draw, scores.float().numpy()
-    return torch.tensor([draw(session.kernels, row, chance) for row, chance in zip(rows, chances, strict=True)])
