@@ -71,7 +71,7 @@ def main() -> None:
     texts = {"instructions": unseen}
     texts |= {Path(text).name: passages(text, tokenizer, 512, given.tokens) for text in given.text}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    write = Rows(given.out, texts, windows.numel())
+    write = Rows(given.out, Path(given.gated or given.model).name, texts, windows.numel())
     if given.gated:
         compare_hessians(model, given.gated, windows, given.budget, write)
         return
@@ -165,8 +165,8 @@ def _held() -> Peak:
 class Rows:
     """Writes one JSON line for a model and text, and a line on the screen."""
 
-    def __init__(self, out: Path, texts: dict[str, list[Passage]], calibration_tokens: int) -> None:
-        self.out, self.texts, self.calibration_tokens = out, texts, calibration_tokens
+    def __init__(self, out: Path, model: str, texts: dict[str, list[Passage]], calibration_tokens: int) -> None:
+        self.out, self.model, self.texts, self.calibration_tokens = out, model, texts, calibration_tokens
         self.first: dict[str, float] = {}
 
     def __call__(
@@ -180,6 +180,7 @@ class Rows:
             perplexity = g.evaluate(model, text).perplexity
             row = {
                 "benchmark": "quantization",
+                "model": self.model,
                 "method": method,
                 "group_size": group_size,
                 "bits_stored": stored / weights if layers else 32.0,

@@ -72,7 +72,7 @@ class Session(Lowered):
             model: The session's own.
             input_ids: Prompts.
             logits_processor: From transformers.
-            stopping_criteria: From transformers; asked after every token.
+            stopping_criteria: From transformers; asked after every token, greedily of each sequence by itself.
             generation_config: Greedy, or with sampling.
             streamer: Gets tokens as they stand.
             speculate: Guess tokens and verify them, see `speculate.py`; the text stays the same.
@@ -95,7 +95,7 @@ class Session(Lowered):
                 settings = settings_of(self.model, given)
                 self._check_speculation(input_ids, logits_processor, streamer, settings)
                 counts = acceptance if acceptance is not None else Acceptance()
-                control = control_of(self.model, settings, len(input_ids), runtime="native")
+                control = control_of(self.model, settings, len(input_ids), sampled=sampled, runtime="native")
                 decode = Speculator(greedy, control, counts, sampled=sampled).round
             elif sampled or logits_processor or (streamer is not None and len(input_ids) > 1):
                 return self._together(

@@ -251,11 +251,16 @@ class Control:
         drafter.steps = _KEEP_ROUND * drafter.steps + steps
 
 
-def control_of(model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, runtime: str = "torch") -> Control:
-    """What the model's earlier texts taught, for as many rows at the same settings; it stays with the model."""
+def control_of(
+    model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, sampled: bool, runtime: str = "torch"
+) -> Control:
+    """What the model's earlier texts taught, greedy ones or sampled ones, for as many rows at the same settings.
+
+    It stays with the model.
+    """
     gated = settings.drafts != "look-up"
     budgets = tuple(settings.budgets(model)) if gated else ()
-    key = (settings, budgets, dial_of(model).budget if gated else None, rows, runtime)
+    key = (settings, budgets, dial_of(model).budget if gated else None, rows, sampled, runtime)
     known: dict[Any, Control] | None = getattr(model, "speculation_controls", None)
     if known is None:
         known = model.speculation_controls = {}

@@ -92,7 +92,8 @@ def self_speculative(
         UnsupportedModel: gates are to draft, and the model has none.
     """
     given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
-    control = control_of(model, settings_of(model, given), len(input_ids))
+    sampled = bool(generation_config.do_sample)
+    control = control_of(model, settings_of(model, given), len(input_ids), sampled=sampled)
     _check(input_ids, generation_config, streamer, model_kwargs)
     check_processors(logits_processor, input_ids, model.config.get_text_config().vocab_size)
     cache: DynamicCache = model_kwargs["past_key_values"]

@@ -214,7 +214,14 @@ void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, co
     int t = 0;
     for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out, stride);
     switch (count - t) {
-      case 3: block_times<V, K, fine, 3>(m, block, a, tokens + t, out, stride); break;
+      case 3:
+        if constexpr (K == Kind::int4) {  // as four, the last one twice: GCC does badly at three
+          const int four[] = {tokens[t], tokens[t + 1], tokens[t + 2], tokens[t + 2]};
+          block_times<V, K, fine, 4>(m, block, a, four, out, stride);
+        } else {
+          block_times<V, K, fine, 3>(m, block, a, tokens + t, out, stride);
+        }
+        break;
       case 2: block_times<V, K, fine, 2>(m, block, a, tokens + t, out, stride); break;
       case 1: block_times<V, K, fine, 1>(m, block, a, tokens + t, out, stride); break;
     }
