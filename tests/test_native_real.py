@@ -37,10 +37,8 @@ def test_the_likeliest_token_is_the_same_and_logits_differ_by_the_heads_rounding
         assert len(found) >= 2000
         assert same >= least, (head, cache, same)
         best = torch.cat([bests_of(session, ids.numpy()) for ids in texts])
-        assert (best == found.argmax(-1)).float().mean() >= 0.999, (
-            head,
-            cache,
-        )  # by the head of 4 bits, where there is one
+        # found by the head of 4 bits, where there is one
+        assert (best == found.argmax(-1)).float().mean() >= 0.999, (head, cache)
         assert (found - expected).square().mean().sqrt() / expected.std() < most
 
 

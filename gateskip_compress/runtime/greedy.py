@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
-from torch import Tensor
-from transformers import GenerationConfig
 
 from ..speculation.control import Clock
 from .lowered import Lowered
-from .texts import Text
+from .texts import Ends, Text, lasts
 
 _CALL_S = 0.05
 """Of steps in one call: streamed text still flows, and Ctrl-C is heard."""
@@ -23,13 +20,12 @@ class Greedy:
 
     Args:
         session: Its cache holds what `Text` says.
-        config: Knows which tokens end a text.
+        ends: Steps stop at its tokens.
     """
 
-    def __init__(self, session: Lowered, config: GenerationConfig) -> None:
+    def __init__(self, session: Lowered, ends: Ends) -> None:
         self.session, self.step_s = session, _CALL_S
-        ends: Tensor | None = getattr(config, "_eos_token_tensor", None)  # `generate` prepared it
-        self.ends: Int[np.ndarray, " e"] = np.zeros(0, np.int32) if ends is None else ends.numpy().astype(np.int32)
+        self.ends = np.array(sorted(ends.tokens), dtype=np.int32)
 
     @property
     def together(self) -> int:
@@ -42,12 +38,8 @@ class Greedy:
 
     def steps(self, texts: Sequence[Text], most: int) -> list[int]:
         """Some steps, at most; how many were made, for each text."""
-        clock, lasts = Clock(), [text.length - 1 for text in texts]
-        rows = np.array([text.row for text in texts], dtype=np.int32)
-        ids = np.array([text.ids[at] for text, at in zip(texts, lasts, strict=True)])
-        places = np.array([at - text.padding for text, at in zip(texts, lasts, strict=True)], dtype=np.int32)
-        most = min(most, *(text.room for text in texts))
-        found = self.session.follow(ids, rows, places, most, self.ends)
+        clock, most = Clock(), min(most, *(text.room for text in texts))
+        found = self.session.follow(*lasts(texts), most, self.ends)
         self.step_s = clock.lap() / len(found)
         for text, tokens in zip(texts, found.T.tolist(), strict=True):
             text.append(tokens)

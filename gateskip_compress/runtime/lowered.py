@@ -115,7 +115,7 @@ class Lowered:
         logits: bool = False,
     ) -> Step:
         """A drafting step for some sequences at a budget of the gates that draft: one of `likely` tokens after each."""
-        want = np.arange(len(ids), dtype=np.int32)
+        want = self._numbers[: len(ids)]
         return self.run(ids, rows, positions, want, logits=logits, draft=share, vocabulary=self.likely)
 
     def run(

@@ -108,24 +108,26 @@ class Packer:
         """The output head; where it has codes of its own, these."""
         if form == "int8" and is_coded(module):
             return self.matrix("head", module)
-        weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType]
         bias = getattr(module, "bias", None)
-        if form != "int8":
-            return self.floating("head", weight, bias, form)
-        slices = (quantize(part.float(), 8, _HEAD_GROUP, symmetric=True) for part in weight.split(_SLICE_ROWS))
-        return self.keep("head", "int8", weight.shape, _HEAD_GROUP, lambda: self.pack("int8", slices), bias)
+        if form == "int8":
+            return self.rounded("head", module, 8, bias)
+        weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType]
+        return self.floating("head", weight, bias, form)
 
     def quick_head(self, module: Any, head: Any) -> Any:
         """The output head in 4 bits, which finds the few tokens that may be best; None beside one that is no int8."""
-        coded = is_coded(module)
-        if not head.coded or (coded and module.bits < 8):
+        if not head.coded or (is_coded(module) and module.bits < 8):
             return None
         self.bytes_per_token -= head.nbytes  # of which a greedy token reads a few rows
-        rows: Callable[[Tensor], Tensor] = module.rows if coded else module.weight.detach().__getitem__
+        return self.rounded("quick_head", module, 4, None)
+
+    def rounded(self, name: str, module: Any, bits: int, bias: Tensor | None) -> Any:
+        """An output head to the nearest codes, some rows at a time; symmetric in 8 bits, where that costs nothing."""
+        rows = module.rows if isinstance(module, QuantizedLinear) else module.weight.detach().__getitem__
         some = torch.arange(module.out_features).split(_SLICE_ROWS)
-        slices = (quantize(rows(places).float(), 4, _HEAD_GROUP, symmetric=False) for places in some)
-        shape = torch.Size((module.out_features, module.in_features))
-        return self.keep("quick_head", "int4", shape, _HEAD_GROUP, lambda: self.pack("int4", slices), None)
+        slices = (quantize(rows(places).float(), bits, _HEAD_GROUP, symmetric=bits == 8) for places in some)
+        shape, kind = torch.Size((module.out_features, module.in_features)), f"int{bits}"
+        return self.keep(name, kind, shape, _HEAD_GROUP, lambda: self.pack(kind, slices), bias)
 
     def embedding(self, module: nn.Module, head: nn.Module, packed_head: Any) -> Any:
         """The embedding: floats where they lie, or codes, which are the head's where the two are one matrix."""

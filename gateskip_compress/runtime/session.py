@@ -25,7 +25,7 @@ from .extension import extension
 from .greedy import Greedy
 from .lowered import Lowered, Step
 from .speculate import Speculator
-from .texts import Text, choose, grow, prompts
+from .texts import Ends, Text, choose, grow, prompts
 
 
 class Session(Lowered):
@@ -88,7 +88,8 @@ class Session(Lowered):
         sampled = bool(generation_config.do_sample)
         padding = _padding(input_ids, model_kwargs.get("attention_mask"))
         with _torch_in_one_thread():
-            greedy = Greedy(self, generation_config)
+            ends = Ends(stopping_criteria)
+            greedy = Greedy(self, ends)
             decode: Callable[[list[Text]], list[int]] = greedy.round
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
@@ -96,14 +97,13 @@ class Session(Lowered):
                 self._check_speculation(input_ids, logits_processor, streamer, settings)
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), sampled=sampled, runtime="native")
-                decode = Speculator(greedy, control, counts, sampled=sampled).round
+                decode = Speculator(greedy, control, counts).round
             elif sampled or logits_processor or (streamer is not None and len(input_ids) > 1):
                 return self._together(
                     input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer
                 )
-            texts = prompts(input_ids, padding, logits_processor, generation_config.max_length)
-            grown = grow(self, texts, decode, stopping_criteria, streamer, sampled=sampled)
-            return side_by_side(grown, generation_config)
+            texts = prompts(input_ids, padding, logits_processor, generation_config.max_length, sampled=sampled)
+            return side_by_side(grow(self, texts, decode, ends, streamer), generation_config)
 
     def _together(
         self,

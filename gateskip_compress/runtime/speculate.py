@@ -22,7 +22,7 @@ from ..speculation.draft import look_up, worth_taking
 from .extension import extension
 from .greedy import Greedy
 from .lowered import Step
-from .texts import Text, choice
+from .texts import Text, choice, lasts
 
 Guesses = tuple[Drafter | None, list[list[Hashable]]]
 """Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
@@ -35,19 +35,16 @@ class Speculator:
         greedy: Makes plain steps where nobody guesses, and has the session.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
-        sampled: Draw tokens, by torch's global generator.
     """
 
-    def __init__(self, greedy: Greedy, control: Control, counts: Acceptance, *, sampled: bool) -> None:
+    def __init__(self, greedy: Greedy, control: Control, counts: Acceptance) -> None:
         self.greedy, self.session, self.control, self.counts = greedy, greedy.session, control, counts
-        self.sampled = sampled
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """Guess, verify, and let each text grow by what stands."""
+        if not texts[0].wants_logits and (idle := self.control.idle) > 1:
+            return self._plainly(texts, idle)
         clock, room = Clock(), min(text.room for text in texts)
-        greedy = not self.sampled and len(texts[0].processors) == 0
-        if greedy and self.control.idle > 1:
-            return self._plainly(texts)
         most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
         drafter, evidence = self._guess(texts, most)
         guesses, draft_s = [text.guess(len(e)) for text, e in zip(texts, evidence, strict=True)], clock.lap()
@@ -56,18 +53,19 @@ class Speculator:
         for text, guess in zip(texts, guesses, strict=True):
             new: list[int] = []
             while len(new) <= len(guess) and new == guess[: len(new)]:  # as many choices as tokens that stand
-                new.append(choice(self.session, step, at + len(new), text, len(new), sampled=self.sampled))
+                new.append(choice(self.session, step, at + len(new), text, len(new)))
             found.append(new)
             at += len(guess) + 1
-        stands, rest_s, own_s = [len(new) - 1 for new in found], pass_s + clock.lap(), pass_s if greedy else None
-        take_in(self.control, self.counts, drafter, evidence, stands, draft_s, rest_s, own_s)
+        stands, rest_s = [len(new) - 1 for new in found], pass_s + clock.lap()
+        alone_s = pass_s if step.logits is None else None
+        take_in(self.control, self.counts, drafter, evidence, stands, draft_s, rest_s, alone_s)
         for text, new in zip(texts, found, strict=True):
             text.append(new)
         return [len(new) for new in found]
 
-    def _plainly(self, texts: Sequence[Text]) -> list[int]:
-        """Plain steps, some to a call: nobody may draft for a while."""
-        made = self.greedy.steps(texts, min(self.control.idle, self.greedy.together))
+    def _plainly(self, texts: Sequence[Text], idle: int) -> list[int]:
+        """Plain steps, some to a call: nobody may draft for so many tokens."""
+        made = self.greedy.steps(texts, min(idle, self.greedy.together))
         self.control.plain(self.greedy.step_s, made[0])
         self.counts.plain_steps += sum(made)
         self.counts.plain_s += self.greedy.step_s * made[0]
@@ -93,13 +91,9 @@ class Speculator:
     def _guess_by_gates(self, texts: Sequence[Text], drafter: Drafter, share: float, most: int) -> list[list[Hashable]]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
         evidence: list[list[Hashable]] = [[] for _ in texts]
-        chance, rows = 1.0, np.array([text.row for text in texts], dtype=np.int32)
-        processed = len(texts[0].processors) > 0
+        chance, processed = 1.0, len(texts[0].processors) > 0
         for guessed in range(most):
-            last = [text.length + guessed - 1 for text in texts]
-            ids = np.array([text.ids[at] for text, at in zip(texts, last, strict=True)])
-            places = np.array([at - text.padding for text, at in zip(texts, last, strict=True)], dtype=np.int32)
-            step = self.session.draft(ids, rows, places, share, logits=processed)
+            step = self.session.draft(*lasts(texts, guessed), share, logits=processed)
             best, shares = step.best, step.shares
             if step.logits is not None:
                 best, shares = self._processed(texts, guessed, step.logits)
@@ -124,14 +118,14 @@ class Speculator:
 
     def _verify(self, texts: Sequence[Text], counts: list[int]) -> Step:
         """What each text's last token and the guesses behind it give, text after text."""
-        lasts = [text.length - 1 for text in texts]
-        ids = [t.ids[at : at + n] for t, at, n in zip(texts, lasts, counts, strict=True)]
-        logits = self.sampled or len(texts[0].processors) > 0
+        ids = [text.ids[text.length - 1 :][:n] for text, n in zip(texts, counts, strict=True)]
+        logits = texts[0].wants_logits
         if len(texts) == 1:  # in few calls: what each of them needs lies in memory, not in the processor's caches
-            return self.session.run_row(
-                ids[0], texts[0].row, lasts[0] - texts[0].padding, wanted=counts[0], logits=logits
-            )
-        rows = np.repeat(np.array([text.row for text in texts], dtype=np.int32), counts)
-        places = [np.arange(at - t.padding, at - t.padding + n) for t, at, n in zip(texts, lasts, counts, strict=True)]
+            text, wanted = texts[0], counts[0]
+            return self.session.run_row(ids[0], text.row, text.length - 1 - text.padding, wanted=wanted, logits=logits)
+        _, rows, firsts = lasts(texts)
+        places = [np.arange(first, first + n, dtype=np.int32) for first, n in zip(firsts, counts, strict=True)]
         want = np.arange(sum(counts), dtype=np.int32)
-        return self.session.run(np.concatenate(ids), rows, np.concatenate(places).astype(np.int32), want, logits=logits)
+        return self.session.run(
+            np.concatenate(ids), np.repeat(rows, counts), np.concatenate(places), want, logits=logits
+        )

@@ -1,7 +1,7 @@
 """Texts that grow side by side in one session: how they begin, how tokens are chosen, and when they end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ class Text:
         length: Of what stands.
         padding: Tokens before the first real one.
         processors: Its own, applied alike to every choice.
+        sampled: Tokens are drawn, by torch's global generator; else the best are taken.
     """
 
     row: int
@@ -34,6 +35,12 @@ class Text:
     length: int
     padding: int
     processors: LogitsProcessorList
+    sampled: bool
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the best token alone does not say what comes next."""
+        return self.sampled or len(self.processors) > 0
 
     @property
     def room(self) -> int:
@@ -54,24 +61,34 @@ class Text:
         self.length += len(tokens)
 
 
-def prompts(ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList, longest: int) -> list[Text]:
+def prompts(
+    ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList, longest: int, *, sampled: bool
+) -> list[Text]:
     """Texts that are to grow from prompts, to a length."""
     texts, own = [], of_rows(processors, len(ids))
     for row, (prompt, hidden) in enumerate(zip(ids.numpy(), padding, strict=True)):
         room = np.empty(longest, dtype=np.int64)
         room[: len(prompt)] = prompt
-        texts.append(Text(row, room, len(prompt), hidden, own[row]))
+        texts.append(Text(row, room, len(prompt), hidden, own[row], sampled))
     return texts
+
+
+def lasts(
+    texts: Sequence[Text], guessed: int = 0
+) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
+    """The last token of each text and of some guessed behind it, its row of the cache, and its position there."""
+    at = [text.length + guessed - 1 for text in texts]
+    ids = np.array([text.ids[place] for text, place in zip(texts, at, strict=True)])
+    rows = np.array([text.row for text in texts], dtype=np.int32)
+    return ids, rows, np.array([place - t.padding for t, place in zip(texts, at, strict=True)], dtype=np.int32)
 
 
 def grow(
     session: Lowered,
     texts: list[Text],
     decode: Callable[[list[Text]], list[int]],
-    stopping: StoppingCriteriaList,
+    ends: "Ends",
     streamer: BaseStreamer | None,
-    *,
-    sampled: bool,
 ) -> list[Int[Tensor, " _"]]:
     """Texts as they end; those that have ended wait for nobody.
 
@@ -79,15 +96,13 @@ def grow(
         session: Its cache is written over.
         texts: Prompts.
         decode: Lets each text grow, by one token at least and no further than it has room; by how many it did.
-        stopping: From transformers; asked after every token.
+        ends: Asked after every token.
         streamer: Gets tokens as they stand.
-        sampled: Draw the first token.
     """
-    going, ends, new = texts, Ends(stopping), [1] * len(texts)
+    going, new = texts, [1] * len(texts)
     for text in texts:
-        wants = sampled or len(text.processors) > 0
-        step = session.prefill(text.ids[text.padding : text.length], text.row, logits=wants)
-        text.append([choice(session, step, 0, text, 0, sampled=sampled)])
+        step = session.prefill(text.ids[text.padding : text.length], text.row, logits=text.wants_logits)
+        text.append([choice(session, step, 0, text, 0)])
     while going := [text for text, count in zip(going, new, strict=True) if not ends.within(text, count, streamer)]:
         new = decode(going)
     if streamer is not None:
@@ -122,11 +137,11 @@ class Ends:
         return len(self.others) > 0 and bool(self.others(text.upto(0), None)[0])  # pyright: ignore[reportArgumentType] as transformers does
 
 
-def choice(session: Lowered, step: Step, at: int, text: Text, guessed: int, *, sampled: bool) -> int:
+def choice(session: Lowered, step: Step, at: int, text: Text, guessed: int) -> int:
     """The token after a text and some guessed ones, out of place `at` of a call."""
     if step.logits is None:
         return int(step.best[at])
-    return int(choose(session, text.upto(guessed), step.logits[at : at + 1], text.processors, sampled=sampled))
+    return int(choose(session, text.upto(guessed), step.logits[at : at + 1], text.processors, sampled=text.sampled))
 
 
 def choose(

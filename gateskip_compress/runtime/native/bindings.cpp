@@ -297,8 +297,8 @@ struct HeldModel {
     within(want, call.count, "wanted token");
     check(want.size() <= call.count, "more tokens are wanted than there are");
     call.draft = draft, call.wanted = static_cast<int>(want.size()), call.want = want.data();
-    const int all = model.shape.vocabulary;
-    check(vocabulary == all || (vocabulary > 0 && vocabulary < all && vocabulary % kChunk == 0),
+    const int size = model.shape.vocabulary;
+    check(vocabulary == size || (vocabulary > 0 && vocabulary < size && vocabulary % kChunk == 0),
           "a part of the vocabulary is whole chunks of it");
     call.vocabulary = vocabulary;
     Ints best(want.size());

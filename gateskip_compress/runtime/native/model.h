@@ -80,7 +80,7 @@ class Model {
   std::vector<Layer> layers;
   std::vector<float> norm;
   Matrix head, quick_head;      // (vocabulary, width); the latter, where there is one, finds best tokens alone
-  Table embedding, exact_head;  // likewise; the latter corrects the largest logits: always as floats, else of `quick_head`
+  Table embedding, exact_head;  // likewise; the latter corrects the largest logits of `quick_head`; floats, those of `head`
   const float *cos = nullptr, *sin = nullptr;  // (context, rotated)
 
   const Shape shape;
