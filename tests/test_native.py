@@ -153,6 +153,24 @@ def test_tokens_together_give_the_bits_of_tokens_one_by_one(small, kernels, cach
         assert torch.equal(torch.cat(together), torch.cat(alone)), size
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_long_texts_have_the_same_bits_however_their_attention_is_shared_out(kernels):
+    """That of many tokens by queries, that of a few by runs of 256 positions, among one thread or two."""
+    model, ids = tiny(max_position_embeddings=640), tokens(1, 600)[0]
+    exact = EXACT | dict(context_tokens=640, kernels=kernels)
+    session = lower(model, **exact)
+    windows = [(i, ids[i : i + 128].numpy()) for i in range(0, 600, 128)]
+    whole = torch.cat([session.run_row(few, 0, i, wanted=len(few), logits=True).logits for i, few in windows])
+    torch.testing.assert_close(whole, torch_logits(model, ids), rtol=0, atol=5e-5)
+    for threads in (1, 2):
+        session = lower(model, **exact | dict(threads=threads))
+        session.prefill(ids[:500].numpy())
+        for size, begin in ((9, 500), (5, 509), (1, 514), (3, 515)):
+            few = ids[begin : begin + size].numpy()
+            found = session.run_row(few, 0, begin, wanted=size, logits=True).logits
+            assert torch.equal(found, whole[begin : begin + size]), (threads, size)
+
+
 def test_threads_and_neighbours_in_a_batch_change_no_bit(small, session):
     ids, lengths = tokens(3, 30), (30, 11, 23)
     single = lower(small, context_tokens=160, threads=1)

@@ -201,21 +201,31 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
               const std::string& element) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
-            positions = static_cast<int>(keys.shape(0)), room = padded(positions, run.lanes);
+            positions = static_cast<int>(keys.shape(0)), runs = padded(positions, kRun) / kRun,
+            size = Queries::part_size(d);
   check(count <= kMostQueries, "at most 4 queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
-  std::vector<float> scores(size_t(room) * kMostQueries);
+  for (int i = 0; i < count; ++i) check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
   Cache k(element_named(element), 1, positions, d, run.lanes), v(element_named(element), 1, positions, d, 1);
   for (int p = 0; p < positions; ++p) k.write(0, p, keys.data(p, 0)), v.write(0, p, values.data(p, 0));
+  std::vector<float> parts(size_t(count) * runs * size);
+  const auto part = [&](int query, int from) { return parts.data() + (size_t(query) * runs + from / kRun) * size; };
   Floats out({count, d});
   Queries to;
-  to.count = count, to.head_dim = d, to.scores = scores.data(), to.room = room;
-  to.keys = k.elements(0), to.key_scales = k.scales(0), to.values = v.elements(0), to.value_scales = v.scales(0);
-  for (int i = 0; i < count; ++i) {
-    check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
-    to.query[i] = query.data(i, 0), to.out[i] = out.mutable_data(i, 0), to.seen[i] = seen.at(i);
+  to.head_dim = d;
+  for (int from = 0; from < positions; from += kRun) {
+    to.keys = k.elements(0, from), to.key_scales = k.scales(0, from);
+    to.values = v.elements(0, from), to.value_scales = v.scales(0, from);
+    to.count = 0;
+    for (int i = 0; i < count; ++i) {
+      if (seen.at(i) <= from) continue;
+      to.query[to.count] = query.data(i, 0), to.part[to.count] = part(i, from);
+      to.seen[to.count++] = std::min(seen.at(i) - from, kRun);
+    }
+    run.attend(to, element_named(element));
   }
-  run.attend(to, element_named(element));
+  for (int i = 0; i < count; ++i)
+    run.merge(part(i, 0), padded(seen.at(i), kRun) / kRun, d, out.mutable_data(i, 0));
   return out;
 }
 

@@ -18,8 +18,13 @@ class Cache {
   void write(size_t head, int position, const float* values);
   void copy(size_t from, size_t to, int position);  // one head's position to another's
 
-  const void* elements(size_t head) const { return data_.get() + head * positions_ * head_dim_ * size_; }
-  const float* scales(size_t head) const { return scales_ ? scales_.get() + head * positions_ : nullptr; }
+  // From a position on, the first of a block.
+  const void* elements(size_t head, int position) const {
+    return data_.get() + (head * positions_ + position) * head_dim_ * size_;
+  }
+  const float* scales(size_t head, int position) const {
+    return scales_ ? scales_.get() + head * positions_ + position : nullptr;
+  }
 
  private:
   template <class T>

@@ -27,6 +27,7 @@ namespace gateskip {
 constexpr int kChunk = 32;       // activations that share a scale
 constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
+constexpr int kRun = 256;        // positions that it takes; a multiple of kMostLanes
 constexpr int kMostLanes = 16;   // of all kernels
 
 enum class Kind { int4, int8, bf16, f32 };
@@ -54,18 +55,20 @@ struct Activations {
   float* floats(int token) const { return x + size_t(token) * columns; }
 };
 
-// Queries that read the same keys and values. Keys lie in blocks of `lanes` positions, [block][head_dim][lanes]; values
-// lie by position, [position][head_dim]. Elements of 8 bits are times their position's scale.
+// Queries that read the same keys and values, those of a run of positions. Keys lie in blocks of `lanes` positions,
+// [block][head_dim][lanes]; values lie by position, [position][head_dim]. Elements of 8 bits are times their position's
+// scale. What a query gets from a run is a part of its softmax: `top`, the largest score; `sum`, of the weights
+// e^(score - top); and the sum of the values times these. Parts of any runs are merged as in FlashDecoding.
 struct Queries {
-  int count;                                // 1..kMostQueries
-  const float* query[kMostQueries];         // already scaled
-  float* out[kMostQueries];                 // head_dim each
-  int seen[kMostQueries];                   // positions that the query sees: 0 .. seen - 1
-  const void *keys, *values;
+  int count;                               // 1..kMostQueries
+  const float* query[kMostQueries];        // already scaled
+  float* part[kMostQueries];               // head_dim values, top, sum
+  int seen[kMostQueries];                  // positions of the run that the query sees, the first ones: 1..kRun
+  const void *keys, *values;               // of the run's first position
   const float *key_scales, *value_scales;  // by position; or none
   int head_dim;
-  float* scores;  // room for kMostQueries rows of `room`, a multiple of lanes and at least every `seen`
-  size_t room;
+
+  static int part_size(int head_dim) { return head_dim + 2; }
 };
 
 struct Kernels {
@@ -87,6 +90,8 @@ struct Kernels {
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int width);
   void (*attend)(const Queries&, Element);
+  // What a query gets from all its runs, by their parts, which lie one after the other and are lost.
+  void (*merge)(float* parts, int runs, int head_dim, float* out);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -422,7 +422,7 @@ constexpr int together = Q == 3 ? 4 : 8 / Q;
 
 // Scores of Q queries at the key blocks [block, block + B).
 template <class V, class E, int Q, int B>
-inline void score_blocks(const Queries& to, int first, int block) {
+inline void score_blocks(const Queries& to, int first, int block, float (&scores)[Q][kRun]) {
   const E* keys = static_cast<const E*>(to.keys) + size_t(block) * to.head_dim * V::lanes;
   F<V> sums[B][Q] = {};
   for (int d = 0; d < to.head_dim; ++d)
@@ -434,14 +434,14 @@ inline void score_blocks(const Queries& to, int first, int block) {
     const size_t position = size_t(block + b) * V::lanes;
     for (int i = 0; i < Q; ++i) {
       if constexpr (scaled<E>) sums[b][i] = sums[b][i] * V::load(to.key_scales + position);
-      V::store(to.scores + (first + i) * to.room + position, sums[b][i]);
+      V::store(scores[i] + position, sums[b][i]);
     }
   }
 }
 
-// Scores to weights that sum to 1; what lies after `seen` becomes 0.
+// Scores to weights; what lies after `seen` becomes 0.
 template <class V>
-inline void softmax(float* scores, int seen) {
+inline void weigh(float* scores, int seen, float& largest, float& weight) {
   float top = scores[0];
   F<V> most = V::set(top);
   int i = 0;
@@ -461,33 +461,33 @@ inline void softmax(float* scores, int seen) {
     V::store(scores + i, e);
     sum = sum + e;
   }
-  const F<V> scale = V::set(1 / total<V>(sum));
-  for (i = 0; i < seen; i += V::lanes) V::store(scores + i, V::load(scores + i) * scale);
+  largest = top, weight = total<V>(sum);
 }
 
-// Adds the values of positions [begin, end) to columns [column, column + W * lanes) of Q outputs.
+// Adds the values of positions [begin, end) to columns [column, column + W * lanes) of Q queries' parts.
 template <class V, class E, int Q, int W>
-inline void mix(const Queries& to, int first, int column, int begin, int end) {
+inline void mix(const Queries& to, int first, int column, int begin, int end, const float (*weights)[kRun]) {
   F<V> sums[Q][W];
   for (int i = 0; i < Q; ++i)
-    for (int w = 0; w < W; ++w) sums[i][w] = V::load(to.out[first + i] + column + w * V::lanes);
+    for (int w = 0; w < W; ++w) sums[i][w] = V::load(to.part[first + i] + column + w * V::lanes);
   const E* values = static_cast<const E*>(to.values) + column;
   for (int p = begin; p < end; ++p)
     for (int w = 0; w < W; ++w) {
       const F<V> v = next<V>(values + size_t(p) * to.head_dim + w * V::lanes);
       for (int i = 0; i < Q; ++i)
-        sums[i][w] = V::fma(V::set(to.scores[(first + i) * to.room + p]), v, sums[i][w]);
+        sums[i][w] = V::fma(V::set(weights[i][p]), v, sums[i][w]);
     }
   for (int i = 0; i < Q; ++i)
-    for (int w = 0; w < W; ++w) V::store(to.out[first + i] + column + w * V::lanes, sums[i][w]);
+    for (int w = 0; w < W; ++w) V::store(to.part[first + i] + column + w * V::lanes, sums[i][w]);
 }
 
 template <class V, class E, int Q>
-inline void mix_all(const Queries& to, int first, int begin, int end) {
+inline void mix_all(const Queries& to, int first, int begin, int end, const float (*weights)[kRun]) {
   constexpr int W = together<Q>;
   int column = 0;
-  for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes) mix<V, E, Q, W>(to, first, column, begin, end);
-  for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end);
+  for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes)
+    mix<V, E, Q, W>(to, first, column, begin, end, weights);
+  for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end, weights);
 }
 
 // Q queries from `first` on. What only some of them see is added query by query.
@@ -500,19 +500,21 @@ void attend_some(const Queries& to, int first) {
   }
   constexpr int B = together<Q>;
   const int blocks = (most + V::lanes - 1) / V::lanes;
+  float weights[Q][kRun];
   int block = 0;
-  for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block);
-  for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block);
-  for (int i = first; i < first + Q; ++i) {
-    float* weights = to.scores + i * to.room;
-    softmax<V>(weights, to.seen[i]);
+  for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block, weights);
+  for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block, weights);
+  for (int i = 0; i < Q; ++i) {
+    float* part = to.part[first + i];
+    const int seen = to.seen[first + i];
+    weigh<V>(weights[i], seen, part[to.head_dim], part[to.head_dim + 1]);
     if constexpr (scaled<E>)
-      for (int p = 0; p < to.seen[i]; p += V::lanes)
-        V::store(weights + p, V::load(weights + p) * V::load(to.value_scales + p));
-    std::memset(to.out[i], 0, sizeof(float) * to.head_dim);
+      for (int p = 0; p < seen; p += V::lanes)
+        V::store(weights[i] + p, V::load(weights[i] + p) * V::load(to.value_scales + p));
+    std::memset(part, 0, sizeof(float) * to.head_dim);
   }
-  mix_all<V, E, Q>(to, first, 0, least);
-  for (int i = first; i < first + Q; ++i) mix_all<V, E, 1>(to, i, least, to.seen[i]);
+  mix_all<V, E, Q>(to, first, 0, least, weights);
+  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, least, to.seen[first + i], weights + i);
 }
 
 template <class V, class E>
@@ -536,8 +538,27 @@ void attend(const Queries& to, Element element) {
 }
 
 template <class V>
+void merge(float* parts, int runs, int head_dim, float* out) {
+  const size_t size = Queries::part_size(head_dim);
+  float *ends = parts + head_dim, top = ends[0], sum = 0;
+  for (int run = 1; run < runs; ++run) top = ends[run * size] > top ? ends[run * size] : top;
+  for (int run = 0; run < runs; ++run) {
+    float* end = ends + run * size;
+    end[0] = std::exp(end[0] - top);
+    sum += end[0] * end[1];
+  }
+  for (int column = 0; column < head_dim; column += V::lanes) {
+    F<V> y = V::set(0);
+    for (int run = 0; run < runs; ++run)
+      y = V::fma(V::set(ends[run * size]), V::load(parts + run * size + column), y);
+    V::store(out + column, y / V::set(sum));
+  }
+}
+
+template <class V>
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, swiglu<V>, attend<V>};
+  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, swiglu<V>, attend<V>,
+          merge<V>};
 }
 
 }  // namespace

@@ -50,7 +50,8 @@ void Model::prepare() {
   qkv_ = floats(size_t(kWindow) * (queries + 2 * others));
   up_ = floats(size_t(kWindow) * shape.inner);
   out_ = floats(size_t(kWindow) * shape.width);
-  scores_ = floats(size_t(team_.size()) * kMostQueries * padded(shape.context, kernels.lanes));
+  const size_t queries_at_once = std::max(kFew * shape.heads, team_.size() * kMostQueries);
+  parts_ = floats(queries_at_once * (padded(shape.context, kRun) / kRun) * Queries::part_size(shape.head_dim));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
   row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
@@ -145,10 +146,6 @@ void Model::attention(const Call& call, int index, int thread) {
   for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
   team_.wait();
   attend(call, index, lists.kept, thread);
-  team_.wait();
-  for (int token = begin; token < end; ++token)
-    if (keep[token]) kernels.quantize(mixed_, token, 0, queries);
-  team_.wait();
   multiply_add(layer.o, mixed_, lists.kept, thread);
   replace_outer(branch.surrogate, lists.skipped, thread);
   team_.wait();
@@ -201,31 +198,60 @@ void Model::place(const Call& call, int index, int token, bool kept) {
   }
 }
 
-// Queries in the order of heads that share keys, then tokens: each thread takes a run of them, a few at a time.
+// Runs of positions that a token sees.
+int Model::runs(const Call& call, int token) const { return padded(call.positions[token] + 1, kRun) / kRun; }
+
+float* Model::parts(size_t query, int run) const {
+  return parts_ + (query * padded(shape.context, kRun) / kRun + run) * Queries::part_size(shape.head_dim);
+}
+
+// What tokens attend to, rounded. Queries go in the order of heads that share keys, then tokens, a few at a time and run
+// by run. Of many tokens, each thread takes a share of the queries; of a few, a share of all pairs of a query and a run.
 void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
-  const int d = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const size_t stride = size_t(shape.heads + 2 * shape.kv_heads) * d;
-  const int of_head = static_cast<int>(tokens.size()) * group;
+  const int d = shape.head_dim, group = shape.heads / shape.kv_heads, count = static_cast<int>(tokens.size());
+  const int of_head = count * group, all = of_head * shape.kv_heads;
+  const bool few = count <= kFew;
+  const auto merge = [&](int token, int head, size_t query) {
+    kernels.merge(parts(query, 0), runs(call, token), d, mixed_.floats(token) + size_t(head) * d);
+  };
+  int pair = 0, pairs = 0;
+  for (int i = 0; few && i < count; ++i) pairs += runs(call, tokens[i]) * shape.heads;
+  const Range own = share(pairs, thread), queries = few ? Range{0, all} : share(all, thread);
   Queries to;
   to.head_dim = d;
-  to.room = padded(shape.context, kernels.lanes);
-  to.scores = scores_ + size_t(thread) * kMostQueries * to.room;
-  const auto [begin, end] = share(of_head * shape.kv_heads, thread);
-  for (int at = begin; at < end; at += to.count) {
+  for (int at = queries.begin, size; at < queries.end; at += size) {
     const int kv_head = at / of_head, row = call.rows[tokens[at % of_head / group]];
-    to.count = 0;
-    for (int i = at; i < end && to.count < kMostQueries && i / of_head == kv_head; ++i) {
-      const int token = tokens[i % of_head / group], head = kv_head * group + i % group;
-      if (call.rows[token] != row) break;
-      to.query[to.count] = qkv_ + token * stride + size_t(head) * d;
-      to.out[to.count] = mixed_.floats(token) + size_t(head) * d;
-      to.seen[to.count++] = call.positions[token] + 1;
+    int token[kMostQueries], head[kMostQueries], most = 0;
+    for (size = 0; size < kMostQueries && at + size < queries.end && (at + size) / of_head == kv_head; ++size) {
+      const int i = at + size;
+      token[size] = tokens[i % of_head / group], head[size] = kv_head * group + i % group;
+      if (call.rows[token[size]] != row) break;
+      most = std::max(most, runs(call, token[size]));
     }
-    const size_t head = slot(call, layer, tokens[at % of_head / group], kv_head);
-    to.keys = keys_.elements(head), to.key_scales = keys_.scales(head);
-    to.values = values_.elements(head), to.value_scales = values_.scales(head);
-    kernels.attend(to, shape.element);
+    const size_t from = slot(call, layer, token[0], kv_head), first = few ? at : thread * kMostQueries;
+    for (int run = 0; run < most; ++run) {
+      to.keys = keys_.elements(from, run * kRun), to.key_scales = keys_.scales(from, run * kRun);
+      to.values = values_.elements(from, run * kRun), to.value_scales = values_.scales(from, run * kRun);
+      to.count = 0;
+      for (int i = 0; i < size; ++i) {
+        const int seen = call.positions[token[i]] + 1 - run * kRun;
+        if (seen <= 0 || (few && (pair++ < own.begin || pair > own.end))) continue;
+        to.query[to.count] = qkv_ + (size_t(token[i]) * (shape.heads + 2 * shape.kv_heads) + head[i]) * d;
+        to.part[to.count] = parts(first + i, run);
+        to.seen[to.count++] = std::min(seen, kRun);
+      }
+      if (to.count) kernels.attend(to, shape.element);
+    }
+    for (int i = 0; !few && i < size; ++i) merge(token[i], head[i], first + i);
   }
+  team_.wait();
+  const auto [begin, end] = share(count, thread);
+  for (int i = begin; i < end; ++i) {
+    for (int head = 0; few && head < shape.heads; ++head)
+      merge(tokens[i], head, size_t(head / group) * of_head + i * group + head % group);
+    kernels.quantize(mixed_, tokens[i], 0, shape.heads * d);
+  }
+  team_.wait();
 }
 
 void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to,

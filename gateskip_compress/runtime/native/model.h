@@ -17,6 +17,7 @@ namespace gateskip {
 
 constexpr int kWindow = 128;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
+constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kRescored = 32;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
@@ -119,6 +120,8 @@ class Model {
   void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
 
   size_t slot(const Call& call, int layer, int token, int head) const;
+  int runs(const Call& call, int token) const;
+  float* parts(size_t query, int run) const;  // where what a run of positions gives a query goes
   float* floats(size_t count);
   Activations activations(int columns);
 
@@ -128,7 +131,7 @@ class Model {
   Cache keys_, values_;
   std::vector<uint8_t> keep_;  // (2 layers, kWindow)
   Activations normed_, mixed_, inner_;
-  float *hidden_, *qkv_, *up_, *out_, *scores_, *logits_, *row_;
+  float *hidden_, *qkv_, *up_, *out_, *parts_, *logits_, *row_;
   std::vector<int32_t> best_;  // (threads, kLogits)
 };
 
