@@ -4,7 +4,8 @@
 // of them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
 // in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations. Where
 // `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
-// two, pair two activations in all lanes, add_products a sum and their products, and whole floats of integers.
+// two, crossed the columns 0, 2, 1, 3 of each four, pair two activations in all lanes, add_products a sum and their
+// products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -249,10 +250,9 @@ void multiply(const Matrix& m, int begin, int end, const Activations& a, const i
 
 // Rounds a chunk to codes from -127 to 127 and returns their sum; `x` becomes what rounding left, times `back`.
 template <class V>
-inline int round_chunk(float (&x)[kChunk], float back, int8_t* q) {
+inline int round_chunk(float (&x)[kChunk], float back, int32_t (&codes)[kChunk]) {
   using I = typename V::I;
   const F<V> round = V::set(12582912.0f);
-  int sum = 0;
   for (int i = 0; i < kChunk; i += V::lanes) {
     // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
     F<V> v = V::load(x + i) * V::set(back);
@@ -260,11 +260,17 @@ inline int round_chunk(float (&x)[kChunk], float back, int8_t* q) {
     v = v > V::set(-127) ? v : V::set(-127);
     const I code = (I)(v + round) - (I)round;
     V::store(x + i, v - (v + round - round));
-    int32_t codes[V::lanes];
-    std::memcpy(codes, &code, sizeof codes);
-    for (int j = 0; j < V::lanes; ++j) q[i + j] = static_cast<int8_t>(codes[j]), sum += codes[j];
+    std::memcpy(codes + i, &code, sizeof code);
   }
+  int sum = 0;
+  for (int code : codes) sum += code;
   return sum;
+}
+
+// A loop by itself, which compilers turn into vectors.
+template <class To>
+inline void narrow(const int32_t (&codes)[kChunk], To* to) {
+  for (int i = 0; i < kChunk; ++i) to[i] = static_cast<To>(codes[i]);
 }
 
 template <class V>
@@ -285,16 +291,23 @@ void quantize(const Activations& a, int token, int begin, int end) {
     for (float value : lane) top = value > top ? value : top;
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
     float scale = top / 127 + total<V>(poison);
-    int sum = round_chunk<V>(x, top > 0 ? 127 / top : 0, a.q + place * kChunk);
+    int32_t q[kChunk], fine[kChunk];
+    int sum = round_chunk<V>(x, top > 0 ? 127 / top : 0, q);
+    narrow(q, a.q + place * kChunk);
     if (a.fine) {
       scale /= kCoarser;
-      sum = kCoarser * sum + round_chunk<V>(x, kCoarser, a.fine + place * kChunk);
-      if constexpr (V::paired)
-        for (size_t four = place * kChunk; four < (place + 1) * kChunk; four += 4)
-          for (int i = 0; i < 4; ++i) {
-            const size_t column = four + (i == 1 ? 2 : i == 2 ? 1 : i);
-            a.wide[four + i] = static_cast<int16_t>(kCoarser * a.q[column] + a.fine[column]);
-          }
+      sum = kCoarser * sum + round_chunk<V>(x, kCoarser, fine);
+      narrow(fine, a.fine + place * kChunk);
+      if constexpr (V::paired) {
+        for (int i = 0; i < kChunk; i += V::lanes) {
+          typename V::I coarse, rest;
+          std::memcpy(&coarse, q + i, sizeof coarse);
+          std::memcpy(&rest, fine + i, sizeof rest);
+          const auto wide = V::crossed(kCoarser * coarse + rest);
+          std::memcpy(q + i, &wide, sizeof wide);
+        }
+        narrow(q, a.wide + place * kChunk);
+      }
     }
     a.scale[place] = scale;
     a.sum[place] = scale * static_cast<float>(sum);

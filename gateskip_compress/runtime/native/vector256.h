@@ -75,6 +75,7 @@ struct Avx2 {
   static I pairs8(const uint8_t* p) {
     return (I)_mm256_srai_epi16(i == 0 ? _mm256_slli_epi16(codes8(p), 8) : codes8(p), 8);
   }
+  static I crossed(I v) { return (I)_mm256_shuffle_epi32((__m256i)v, 0b11011000); }
   static I pair(const int16_t* x) {
     int32_t two;
     std::memcpy(&two, x, 4);
