@@ -205,50 +205,57 @@ float* Model::parts(size_t query, int run) const {
   return parts_ + (query * padded(shape.context, kRun) / kRun + run) * Queries::part_size(shape.head_dim);
 }
 
-// What tokens attend to, rounded. Queries go in the order of heads that share keys, then tokens, a few at a time and run
-// by run. Of many tokens, each thread takes a share of the queries; of a few, a share of all pairs of a query and a run.
+// Queries are numbered in the order of heads that share keys, then tokens. A few from `at` on that read the same keys.
+Model::Readers Model::readers(const Call& call, const std::vector<int>& tokens, int at, int end) const {
+  const int group = shape.heads / shape.kv_heads, of_head = static_cast<int>(tokens.size()) * group;
+  Readers found;
+  found.kv_head = at / of_head;
+  for (int i = at; i < end && found.count < kMostQueries && i / of_head == found.kv_head; ++i) {
+    const int token = tokens[i % of_head / group];
+    if (found.count && call.rows[token] != call.rows[found.token[0]]) break;
+    found.token[found.count] = token, found.head[found.count++] = found.kv_head * group + i % group;
+    found.runs = std::max(found.runs, runs(call, token));
+  }
+  return found;
+}
+
+// What tokens attend to, rounded. Of many tokens, each thread takes a share of the queries; of a few, a share of all
+// pairs of a query and a run.
 void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
-  const int d = shape.head_dim, group = shape.heads / shape.kv_heads, count = static_cast<int>(tokens.size());
-  const int of_head = count * group, all = of_head * shape.kv_heads;
+  const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = shape.heads / shape.kv_heads;
   const bool few = count <= kFew;
   const auto merge = [&](int token, int head, size_t query) {
     kernels.merge(parts(query, 0), runs(call, token), d, mixed_.floats(token) + size_t(head) * d);
   };
   int pair = 0, pairs = 0;
   for (int i = 0; few && i < count; ++i) pairs += runs(call, tokens[i]) * shape.heads;
-  const Range own = share(pairs, thread), queries = few ? Range{0, all} : share(all, thread);
+  const Range own = share(pairs, thread), all{0, count * shape.heads}, queries = few ? all : share(all.end, thread);
   Queries to;
   to.head_dim = d;
-  for (int at = queries.begin, size; at < queries.end; at += size) {
-    const int kv_head = at / of_head, row = call.rows[tokens[at % of_head / group]];
-    int token[kMostQueries], head[kMostQueries], most = 0;
-    for (size = 0; size < kMostQueries && at + size < queries.end && (at + size) / of_head == kv_head; ++size) {
-      const int i = at + size;
-      token[size] = tokens[i % of_head / group], head[size] = kv_head * group + i % group;
-      if (call.rows[token[size]] != row) break;
-      most = std::max(most, runs(call, token[size]));
-    }
-    const size_t from = slot(call, layer, token[0], kv_head), first = few ? at : thread * kMostQueries;
-    for (int run = 0; run < most; ++run) {
+  for (int at = queries.begin; at < queries.end;) {
+    const Readers now = readers(call, tokens, at, queries.end);
+    const size_t from = slot(call, layer, now.token[0], now.kv_head), first = few ? at : thread * kMostQueries;
+    for (int run = 0; run < now.runs; ++run) {
       to.keys = keys_.elements(from, run * kRun), to.key_scales = keys_.scales(from, run * kRun);
       to.values = values_.elements(from, run * kRun), to.value_scales = values_.scales(from, run * kRun);
       to.count = 0;
-      for (int i = 0; i < size; ++i) {
-        const int seen = call.positions[token[i]] + 1 - run * kRun;
+      for (int i = 0; i < now.count; ++i) {
+        const int seen = call.positions[now.token[i]] + 1 - run * kRun;
         if (seen <= 0 || (few && (pair++ < own.begin || pair > own.end))) continue;
-        to.query[to.count] = qkv_ + (size_t(token[i]) * (shape.heads + 2 * shape.kv_heads) + head[i]) * d;
+        to.query[to.count] = qkv_ + (size_t(now.token[i]) * (shape.heads + 2 * shape.kv_heads) + now.head[i]) * d;
         to.part[to.count] = parts(first + i, run);
         to.seen[to.count++] = std::min(seen, kRun);
       }
       if (to.count) kernels.attend(to, shape.element);
     }
-    for (int i = 0; !few && i < size; ++i) merge(token[i], head[i], first + i);
+    for (int i = 0; !few && i < now.count; ++i) merge(now.token[i], now.head[i], first + i);
+    at += now.count;
   }
   team_.wait();
   const auto [begin, end] = share(count, thread);
   for (int i = begin; i < end; ++i) {
     for (int head = 0; few && head < shape.heads; ++head)
-      merge(tokens[i], head, size_t(head / group) * of_head + i * group + head % group);
+      merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
     kernels.quantize(mixed_, tokens[i], 0, shape.heads * d);
   }
   team_.wait();

@@ -95,6 +95,11 @@ class Model {
   struct Range {
     int begin, end;
   };
+  // Queries that read the same keys.
+  struct Readers {
+    int count = 0, kv_head = 0, runs = 0;  // of positions, as many as one of them sees
+    int token[kMostQueries], head[kMostQueries];
+  };
   // Token numbers that one thread looks up in each branch.
   struct Lists {
     std::vector<int> all, kept, skipped;
@@ -121,6 +126,7 @@ class Model {
 
   size_t slot(const Call& call, int layer, int token, int head) const;
   int runs(const Call& call, int token) const;
+  Readers readers(const Call& call, const std::vector<int>& tokens, int at, int end) const;
   float* parts(size_t query, int run) const;  // where what a run of positions gives a query goes
   float* floats(size_t count);
   Activations activations(int columns);
