@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,17 +114,19 @@ def measure(scratch: Path) -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = g.load(given.model)
-    session = runtime.lower(
+    lower = partial(
+        runtime.lower,
         model,
         context_tokens=max(given.prompts) + given.new_tokens + 1,
         rows=given.batch,
         threads=given.threads,
         activation_bits=given.activation_bits,
     )
+    session = lower()
     load_s = {"native": median(_load_s(given.model) for _ in range(LOADS))}
     threads = given.threads or runtime.doctor()["cores"]
     torch.set_num_threads(threads)
-    contestants = _ours(session, given.dtype)
+    contestants = _ours(session, lower(cache="int8"), given.dtype)
     absent: dict[str, str] = {}
     for name in PEERS:
         try:
@@ -159,8 +162,8 @@ def measure(scratch: Path) -> None:
             out.write(json.dumps({"benchmark": "decode", "contestant": name, "missing": reason}) + "\n")
 
 
-def _ours(session: runtime.Session, dtype: str) -> dict[str, Run]:
-    """The session at its budgets, and transformers with the model that was compressed."""
+def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[str, Run]:
+    """The session at its budgets, one with a cache of 8 bits, and transformers with the model that was compressed."""
     model = session.model
 
     def call(generate: Callable[..., Any], budget: float, **settings: Any) -> Run:
@@ -178,6 +181,7 @@ def _ours(session: runtime.Session, dtype: str) -> dict[str, Run]:
     if is_gated(model):
         floor = dial_of(model).floor
         found |= {f"native, budget {b}": call(session.generate, b) for b in BUDGETS if b >= floor}
+    found["native, 8-bit cache"] = call(eight.generate, 1.0)
     if session.rows == 1:
         found["native, speculative"] = call(session.generate, 1.0, speculate=True, acceptance=Acceptance())
     original = g.load(model.gateskip.original["source"], dtype=dtype)[0]

@@ -3,8 +3,8 @@
 Each row is one model: cut, and, with --recover-minutes, distilled from the original for about that long (tokens are set
 by the pace of a few steps, which are timed and thrown away). Perplexity is that of float32 on held-out instructions and
 on other files. Prefill and decode are timed at batch 1, each cut model beside the original in the same rounds, so that
-other work on the machine slows both; the ideal is what would be gained if time were proportional to multiply-adds
-(prefill) or to weights read (decode), embeddings left out and the output head counted.
+other work on the machine slows both, on torch and natively; the ideal is what would be gained if time were proportional
+to multiply-adds (prefill) or to weights read (decode), embeddings left out and the output head counted.
 
     python benchmarks/pruning.py --train FILES --text FILE --recover-minutes 10 --out benchmarks/results/pruning.jsonl
 """
@@ -13,8 +13,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +30,9 @@ from gateskip_compress.macs import head_macs, ungated_macs_per_token
 from gateskip_compress.measure import cores, disk_bytes, environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import apply, start
+from gateskip_compress.runtime import lower
+from gateskip_compress.runtime.choose import why_not_native
+from gateskip_compress.runtime.watch import SessionWatch
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage, passages
 
@@ -45,6 +50,11 @@ METHODS: dict[str, dict[str, Any]] = {
 PROMPT, NEW = 512, 32
 """Tokens that are timed."""
 PACE_STEPS = 4
+NATIVE_HEAD_BYTES = 1 / 2 + 5 / 64
+"""Of the copy that greedy tokens are found with: 4 bits, and a scale and a zero point for 64 of them."""
+
+Timed = Callable[[], tuple[float, float]]
+"""Gives seconds of a prompt, and of the tokens after it."""
 
 
 def main() -> None:
@@ -114,7 +124,7 @@ class Rows:
     """Writes one JSON line a model, and a line on the screen; the first model is what others are compared with."""
 
     def __init__(self, out: Path, original: PreTrainedModel, texts: dict[str, list[Passage]], runs: int) -> None:
-        self.out, self.original, self.texts, self.runs = out, original, texts, runs
+        self.out, self.original, self.texts, self.pair = out, original, texts, Pair(original, runs)
         self.first: dict[str, float] = {}
 
     def __call__(
@@ -132,7 +142,7 @@ class Rows:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(f"{folder}/model")
             disk = disk_bytes(Path(folder) / "model")
-        speed = compared(self.original, model, self.runs)
+        speed = self.pair.speed(model)
         row = {
             "benchmark": "pruning",
             "method": method,
@@ -152,11 +162,18 @@ class Rows:
         shown = ", ".join(f"{name} × {ratio:.3f}" for name, ratio in ratios.items())
         print(
             f"{method:30} {share or 0:.2f} ({1 - row['blocks_left']:.3f} cut) {shown}; {seconds:5.0f} s"
-            f" + {recovery_s:4.0f} s; {disk / 1e6:4.0f} MB; prefill {speed['prefill_speedup']:.2f} ×"
-            f" of {speed['ideal_prefill_speedup']:.2f}, decode {speed['decode_speedup']:.2f} ×"
-            f" of {speed['ideal_decode_speedup']:.2f}",
+            f" + {recovery_s:4.0f} s; {disk / 1e6:4.0f} MB; torch {in_words(speed)};"
+            f" native {in_words(speed['native'])}",
             flush=True,
         )
+
+
+def in_words(speed: dict[str, Any] | str) -> str:
+    """Speed-ups and what was to be gained; or why there are none."""
+    if isinstance(speed, str):
+        return speed
+    gains = [(kind, speed[f"{kind}_speedup"], speed[f"ideal_{kind}_speedup"]) for kind in ("prefill", "decode")]
+    return ", ".join(f"{kind} {gain:.2f} × of {ideal:.2f}" for kind, gain, ideal in gains)
 
 
 def block_parameters(model: PreTrainedModel) -> int:
@@ -164,41 +181,62 @@ def block_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for block in blocks(model) for p in block.parameters())
 
 
-@torch.inference_mode()
-def compared(original: PreTrainedModel, model: PreTrainedModel, runs: int) -> dict[str, Any]:
-    """Seconds of one model beside the other's, turn by turn; speed-ups are medians over the rounds."""
-    ids = torch.randint(original.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    samples: dict[str, list[float]] = {
-        "original_prefill_s": [],
-        "prefill_s": [],
-        "original_decode_s": [],
-        "decode_s": [],
-    }
-    for round_ in range(runs + 1):
-        for prefix, one in (("original_", original), ("", model)):
-            cache, began = DynamicCache(config=one.config), time.perf_counter()
-            token = one(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-            middle = time.perf_counter()
-            for _ in range(NEW):
-                token = one(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-            if round_ > 0:  # the first warms up
-                samples[f"{prefix}prefill_s"].append(middle - began)
-                samples[f"{prefix}decode_s"].append(time.perf_counter() - middle)
-    prompt_macs = [
-        PROMPT * (ungated_macs_per_token(m, PROMPT) - head_macs(m)) + head_macs(m) for m in (original, model)
-    ]
-    read = [block_parameters(m) + head_macs(m) for m in (original, model)]
-    return {
-        **samples,
-        **{
-            f"{kind}_speedup": median(
-                a / b for a, b in zip(samples[f"original_{kind}_s"], samples[f"{kind}_s"], strict=True)
-            )
-            for kind in ("prefill", "decode")
-        },
-        "ideal_prefill_speedup": prompt_macs[0] / prompt_macs[1],
-        "ideal_decode_speedup": read[0] / read[1],
-    }
+class Pair:
+    """The original and another model, timed turn by turn on the same prompt; speed-ups are medians over the rounds.
+
+    Both run on torch, and natively where the other can be.
+    """
+
+    def __init__(self, original: PreTrainedModel, runs: int) -> None:
+        self.original, self.runs = original, runs
+        seed = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(original.config.vocab_size, (1, PROMPT), generator=seed)
+        self.beside = self._native(original)
+
+    def speed(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Samples, speed-ups and what was to be gained, natively under `native`, or there why not."""
+        both = self.original, model
+        prompt_macs = [
+            PROMPT * (ungated_macs_per_token(m, PROMPT) - head_macs(m)) + head_macs(m) for m in (self.original, model)
+        ]
+        ideal_prefill = prompt_macs[0] / prompt_macs[1]
+        read = [block_parameters(m) + head_macs(m) for m in both]
+        found = self._turns(*(partial(self._torch, m) for m in both))
+        found |= {"ideal_prefill_speedup": ideal_prefill, "ideal_decode_speedup": read[0] / read[1]}
+        session, beside = self._native(model), self.beside
+        if isinstance(session, str) or isinstance(beside, str):
+            return {**found, "native": session}
+        read = [2 * block_parameters(m) + NATIVE_HEAD_BYTES * head_macs(m) for m in both]
+        native = self._turns(partial(self._run, beside), partial(self._run, session))
+        native |= {"ideal_prefill_speedup": ideal_prefill, "ideal_decode_speedup": read[0] / read[1]}
+        return {**found, "native": native}
+
+    def _native(self, model: PreTrainedModel) -> SessionWatch | str:
+        tokens = PROMPT + NEW + 2
+        return why_not_native(model, tokens) or SessionWatch(self.ids, NEW, lower(model, context_tokens=tokens))
+
+    @torch.inference_mode()
+    def _torch(self, model: PreTrainedModel) -> tuple[float, float]:
+        cache, began = DynamicCache(config=model.config), time.perf_counter()
+        token = model(self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        middle = time.perf_counter()
+        for _ in range(NEW):
+            token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        return middle - began, time.perf_counter() - middle
+
+    def _run(self, watch: SessionWatch) -> tuple[float, float]:
+        return watch.prefill(), watch.decode()
+
+    def _turns(self, original: Timed, other: Timed) -> dict[str, Any]:
+        for warm_up in (original, other):
+            warm_up()
+        rounds = [(original(), other()) for _ in range(self.runs)]
+        found: dict[str, Any] = {}
+        for at, kind in enumerate(("prefill", "decode")):
+            before, after = [a[at] for a, _ in rounds], [b[at] for _, b in rounds]
+            found |= {f"original_{kind}_s": before, f"{kind}_s": after}
+            found[f"{kind}_speedup"] = median(a / b for a, b in zip(before, after, strict=True))
+        return found
 
 
 if __name__ == "__main__":
