@@ -278,11 +278,11 @@ void quantize(const Activations& a, int token, int begin, int end) {
   float* from = a.floats(token);
   for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
   for (int column = begin; column < end; column += kChunk) {
-    float x[kChunk];
-    std::memcpy(x, from + column, sizeof x);
+    float x[kChunk];  // by whole vectors: what `memcpy` stores in halves would have to reach memory before it is loaded
     F<V> most = V::set(0), poison = V::set(0);
     for (int i = 0; i < kChunk; i += V::lanes) {
-      const F<V> v = V::load(x + i);
+      const F<V> v = V::load(from + column + i);
+      V::store(x + i, v);
       most = larger<V>(most, larger<V>(v, -v));
       poison = V::fma(v, V::set(0), poison);
     }
