@@ -1,11 +1,11 @@
 """Decode and prefill, native runtime beside transformers, llama.cpp and OpenVINO GenAI: one model, 4 bits, one machine.
 
-Timed: a whole call that reads a prompt and decodes greedily, no end token stopping it, and the same call for one token;
-prefill is the latter, decode the difference. All contestants take turns within one run, so that drift of the machine
-hits all alike; ratios are medians of the turns' own ratios. Not timed: tokenizing; and loading, which has a column of
-its own: from a fresh process, imports included, to the first token, ours with packed weights kept beside the
-checkpoint. Beside tokens/s stand the weights' bytes that a token reads, times tokens/s, as a share of the read
-bandwidth measured in the same run.
+Timed: a whole call that reads a prompt and decodes greedily, no end token stopping it; prefill is the time to the first
+token, as a streamer or the peer's own metrics tell it, decode the rest. All contestants take turns within one run, so
+that drift of the machine hits all alike; ratios are medians of the turns' own ratios. Not timed: tokenizing; and
+loading, which has a column of its own: from a fresh process, imports included, to the first token, ours with packed
+weights kept beside the checkpoint. Beside tokens/s stand the weights' bytes that a token reads, times tokens/s, as a
+share of the read bandwidth measured in the same run.
 
     python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
 
@@ -29,18 +29,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 import gateskip_compress as g
 from gateskip_compress import runtime
 from gateskip_compress.gating.dial import dial_of, is_gated
 from gateskip_compress.measure import environment
 from gateskip_compress.runtime.extension import extension
+from gateskip_compress.runtime.watch import Times
 from gateskip_compress.speculation.acceptance import Acceptance
 
 BUDGETS = (0.75, 0.5)
 PEERS = ("llama.cpp", "OpenVINO GenAI", "OpenVINO GenAI, converted")
 LOADS = 3
-# Runs in the peer's Python: prints its load seconds, then those of each line, [prompts, number of new tokens].
+# Runs in the peer's Python: prints its load seconds, then, for each line, [prompts, number of new tokens], the seconds
+# to the first token and those from there on.
 _SERVE = """
 import time
 start = time.perf_counter()
@@ -52,8 +55,10 @@ if name == "llama.cpp":
     model = Llama(file, n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
     def run(prompts, count):
         model.reset()
-        for i, _ in enumerate(model.generate(prompts[0], top_k=1, temp=0.0, reset=True), 1):
-            if i == count: return
+        start, seen = time.perf_counter(), []
+        for _ in model.generate(prompts[0], top_k=1, temp=0.0, reset=True):
+            seen.append(time.perf_counter())
+            if len(seen) == count: return seen[0] - start, seen[-1] - seen[0]
 else:
     import numpy, openvino, openvino_genai
     save = {"enable_save_ov_model": True} if len(sys.argv) > 5 else {}
@@ -63,15 +68,14 @@ else:
     def run(prompts, count):
         config.max_new_tokens = count
         ids = numpy.array(prompts, dtype=numpy.int64)
-        inputs = [openvino.Tensor(part) for part in (ids, numpy.ones_like(ids))]
-        model.generate(openvino_genai.TokenizedInputs(*inputs), config)
+        inputs = openvino_genai.TokenizedInputs(*(openvino.Tensor(part) for part in (ids, numpy.ones_like(ids))))
+        start = time.perf_counter()
+        first = model.generate(inputs, config).perf_metrics.get_ttft().mean / 1000
+        return first, time.perf_counter() - start - first
 run([[1, 2, 3]] * batch, 1)
 print(json.dumps(time.perf_counter() - start), flush=True)
 for line in sys.stdin:
-    prompts, count = json.loads(line)
-    start = time.perf_counter()
-    run(prompts, count)
-    print(json.dumps(time.perf_counter() - start), flush=True)
+    print(json.dumps(run(*json.loads(line))), flush=True)
 """
 _LOAD = """
 import time
@@ -83,8 +87,8 @@ session = runtime.lower(load(sys.argv[1])[0], context_tokens=512, beside=Path(sy
 session.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, attention_mask=torch.ones(1, 3))
 print(time.perf_counter() - start)
 """
-Run = Callable[[list[list[int]], int], float]
-"""Seconds that a contestant takes for a batch of prompts and so many new tokens of each."""
+Run = Callable[[list[list[int]], int], tuple[float, float]]
+"""Seconds that a contestant takes to the first token of a batch of prompts, and for the rest of so many of each."""
 APART = 37
 """Tokens between the beginnings of a batch's prompts."""
 
@@ -135,7 +139,7 @@ def measure(scratch: Path) -> None:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
     bandwidth = extension().read_bandwidth(threads, 512, 9)
-    text = _tokens(given.text, tokenizer, max(given.prompts) + 2 * given.runs + 2 + APART * given.batch)
+    text = _tokens(given.text, tokenizer, max(given.prompts) + given.runs + 1 + APART * given.batch)
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a", buffering=1) as out:
         for length in given.prompts:
@@ -167,13 +171,15 @@ def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[
     model = session.model
 
     def call(generate: Callable[..., Any], budget: float, **settings: Any) -> Run:
-        def run(prompts: list[list[int]], count: int) -> float:
-            prompt = torch.tensor(prompts)
+        def run(prompts: list[list[int]], count: int) -> tuple[float, float]:
+            prompt, times = torch.tensor(prompts), Times()
+            hears = {"streamer": times} if len(prompts) == 1 else {"stopping_criteria": StoppingCriteriaList([times])}
             given = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}  # no end token: all have a length
             with g.budget(model, budget) if is_gated(model) else torch.no_grad():
                 start = time.perf_counter()
-                generate(prompt, max_new_tokens=count, attention_mask=torch.ones_like(prompt), **given, **settings)
-                return time.perf_counter() - start
+                mask = torch.ones_like(prompt)
+                generate(prompt, max_new_tokens=count, attention_mask=mask, **hears, **given, **settings)
+            return times.seen[0] - start, times.seen[-1] - times.seen[0]
 
         return run
 
@@ -223,21 +229,24 @@ def _peer(python: str, name: str, file: Path, threads: int, batch: int, *more: s
     assert process.stderr is not None
     into, out, errors = process.stdin, process.stdout, process.stderr
 
-    def answer() -> float:
+    def answer(kind: type) -> Any:
         for line in out:  # peers print things of their own
             try:
-                return float(json.loads(line))
-            except (ValueError, TypeError):
+                found = json.loads(line)
+            except ValueError:
                 continue
+            if isinstance(found, kind):
+                return found
         last = errors.read().strip().splitlines() or ["it stopped"]
         raise RuntimeError(f"{python}: {last[-1]}")
 
-    def run(prompts: list[list[int]], count: int) -> float:
+    def run(prompts: list[list[int]], count: int) -> tuple[float, float]:
         into.write(json.dumps([prompts, count]) + "\n")
         into.flush()
-        return answer()
+        first, rest = answer(list)
+        return first, rest
 
-    return run, answer()
+    return run, answer(float)
 
 
 def _tokens(text: str, tokenizer: Any, count: int) -> list[int]:
@@ -261,11 +270,10 @@ def _measure(
     decode: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(runs + 1):
         for name, run in contestants.items():
-            first = run(prompts(2 * turn), 1)
-            whole = run(prompts(2 * turn + 1), new_tokens + 1)
+            first, rest = run(prompts(turn), new_tokens + 1)
             if turn > 0:
                 prefill[name].append(first)
-                decode[name].append(max(whole - first, 1e-9))
+                decode[name].append(rest)
     return [
         {
             "benchmark": "decode",
