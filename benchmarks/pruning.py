@@ -204,7 +204,9 @@ class Pair:
         found = self._turns(*(partial(self._torch, m) for m in both))
         found |= {"ideal_prefill_speedup": ideal_prefill, "ideal_decode_speedup": read[0] / read[1]}
         session, beside = self._native(model), self.beside
-        if isinstance(session, str) or isinstance(beside, str):
+        if isinstance(beside, str):
+            return {**found, "native": f"the original: {beside}"}
+        if isinstance(session, str):
             return {**found, "native": session}
         read = [2 * block_parameters(m) + NATIVE_HEAD_BYTES * head_macs(m) for m in both]
         native = self._turns(partial(self._run, beside), partial(self._run, session))

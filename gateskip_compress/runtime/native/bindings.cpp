@@ -201,7 +201,7 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
               const std::string& element) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
-            positions = static_cast<int>(keys.shape(0)), runs = padded(positions, kRun) / kRun,
+            positions = static_cast<int>(keys.shape(0)), runs = runs_of(positions),
             size = Queries::part_size(d);
   check(count <= kMostQueries, "at most 4 queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
@@ -225,7 +225,7 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
     run.attend(to, element_named(element));
   }
   for (int i = 0; i < count; ++i)
-    run.merge(part(i, 0), padded(seen.at(i), kRun) / kRun, d, out.mutable_data(i, 0));
+    run.merge(part(i, 0), runs_of(seen.at(i)), d, out.mutable_data(i, 0));
   return out;
 }
 

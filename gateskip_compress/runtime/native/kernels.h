@@ -109,6 +109,8 @@ inline int blocks(const Matrix& m, int lanes) { return (m.rows + lanes - 1) / la
 
 inline int padded(int value, int step) { return (value + step - 1) / step * step; }
 
+inline int runs_of(int positions) { return padded(positions, kRun) / kRun; }
+
 inline int groups(const Matrix& m) { return (m.columns + m.group - 1) / m.group; }
 
 inline size_t block_bytes(const Matrix& m, int lanes) {

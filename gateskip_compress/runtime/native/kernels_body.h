@@ -298,7 +298,7 @@ void quantize(const Activations& a, int token, int begin, int end) {
       scale /= kCoarser;
       sum = kCoarser * sum + round_chunk<V>(x, kCoarser, fine);
       narrow(fine, a.fine + place * kChunk);
-      if constexpr (V::paired) {
+      if constexpr (V::paired) {  // in place of `q`, which is stored by now
         for (int i = 0; i < kChunk; i += V::lanes) {
           typename V::I coarse, rest;
           std::memcpy(&coarse, q + i, sizeof coarse);

@@ -51,7 +51,7 @@ void Model::prepare() {
   up_ = floats(size_t(kWindow) * shape.inner);
   out_ = floats(size_t(kWindow) * shape.width);
   const size_t queries_at_once = std::max(kFew * shape.heads, team_.size() * kMostQueries);
-  parts_ = floats(queries_at_once * (padded(shape.context, kRun) / kRun) * Queries::part_size(shape.head_dim));
+  parts_ = floats(queries_at_once * runs_of(shape.context) * Queries::part_size(shape.head_dim));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
   row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
@@ -198,11 +198,8 @@ void Model::place(const Call& call, int index, int token, bool kept) {
   }
 }
 
-// Runs of positions that a token sees.
-int Model::runs(const Call& call, int token) const { return padded(call.positions[token] + 1, kRun) / kRun; }
-
 float* Model::parts(size_t query, int run) const {
-  return parts_ + (query * padded(shape.context, kRun) / kRun + run) * Queries::part_size(shape.head_dim);
+  return parts_ + (query * runs_of(shape.context) + run) * Queries::part_size(shape.head_dim);
 }
 
 // Queries are numbered in the order of heads that share keys, then tokens. A few from `at` on that read the same keys.
@@ -214,7 +211,7 @@ Model::Readers Model::readers(const Call& call, const std::vector<int>& tokens, 
     const int token = tokens[i % of_head / group];
     if (found.count && call.rows[token] != call.rows[found.token[0]]) break;
     found.token[found.count] = token, found.head[found.count++] = found.kv_head * group + i % group;
-    found.runs = std::max(found.runs, runs(call, token));
+    found.runs = std::max(found.runs, runs_of(call.positions[token] + 1));
   }
   return found;
 }
@@ -225,10 +222,11 @@ void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, 
   const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = shape.heads / shape.kv_heads;
   const bool few = count <= kFew;
   const auto merge = [&](int token, int head, size_t query) {
-    kernels.merge(parts(query, 0), runs(call, token), d, mixed_.floats(token) + size_t(head) * d);
+    const int runs = runs_of(call.positions[token] + 1);
+    kernels.merge(parts(query, 0), runs, d, mixed_.floats(token) + size_t(head) * d);
   };
   int pair = 0, pairs = 0;
-  for (int i = 0; few && i < count; ++i) pairs += runs(call, tokens[i]) * shape.heads;
+  for (int i = 0; few && i < count; ++i) pairs += runs_of(call.positions[tokens[i]] + 1) * shape.heads;
   const Range own = share(pairs, thread), all{0, count * shape.heads}, queries = few ? all : share(all.end, thread);
   Queries to;
   to.head_dim = d;

@@ -125,7 +125,6 @@ class Model {
   void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
 
   size_t slot(const Call& call, int layer, int token, int head) const;
-  int runs(const Call& call, int token) const;
   Readers readers(const Call& call, const std::vector<int>& tokens, int at, int end) const;
   float* parts(size_t query, int run) const;  // where what a run of positions gives a query goes
   float* floats(size_t count);
