@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import DEVICE, compress, tiny, tokens
+from tiny_models import DEVICE, compress, tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
@@ -140,6 +140,29 @@ def test_an_imported_model_can_be_gated_and_speculated_and_saved(tmp_path):
     assert torch.equal(fast, plain)
     with pytest.raises(g.UnsupportedModel, match="compressed already"):
         Pipeline(g.GateSkip()).run(again, tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore")  # its imports give many
+def test_a_checkpoint_of_gptqmodel_is_read_gated_and_speculated(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # as above
+    monkeypatch.chdir(tmp_path)  # it writes logs where it runs
+    gptqmodel = pytest.importorskip("gptqmodel", reason="needs `make peers`")
+    tiny().save_pretrained(tmp_path / "float")
+    tiny_tokenizer().save_pretrained(tmp_path / "float")
+    config = gptqmodel.QuantizeConfig(bits=4, group_size=32, sym=True, desc_act=False)
+    theirs = gptqmodel.GPTQModel.load(str(tmp_path / "float"), config, device="cpu")
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens(8, 64, seed=2)]
+    theirs.quantize(rows, batch_size=1)
+    theirs.save(str(tmp_path / "theirs"))
+    model, tokenizer = g.load(str(tmp_path / "theirs"), device=DEVICE)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", device_map="cpu", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=0, atol=0.05 * float(logits(model).abs().max()))
+    gated = Pipeline(g.GateSkip(budget=0.8, rank=4), g.SelfSpeculation(draft_budget=0.6)).run(
+        model, tokenizer, calibration=tokens(8, 64, seed=1)
+    )
+    plain = gated.generate(IDS[:1], max_new_tokens=12, do_sample=False)
+    fast = gated.generate(IDS[:1], max_new_tokens=12, do_sample=False, custom_generate=g.self_speculative)
+    assert torch.equal(fast, plain)
 
 
 def change(folder: Path, edit_config=None, edit_tensors=None):
