@@ -73,7 +73,7 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write = Rows(given.out, Path(given.gated or given.model).name, texts, windows.numel())
     if given.gated:
-        compare_hessians(model, given.gated, windows, given.budget, write)
+        compare_hessians(model, given.gated, windows, given.budget, given.groups, write)
         return
     write("float", model, 0.0, (0, 0), group_size=None)
     for group in given.groups:
@@ -100,11 +100,13 @@ def fit(model: PreTrainedModel, step: g.Quantize, windows: Tensor) -> None:
         step.apply(model, Context(windows))
 
 
-def compare_hessians(model: PreTrainedModel, place: str, windows: Tensor, budget: float, write: "Rows") -> None:
+def compare_hessians(
+    model: PreTrainedModel, place: str, windows: Tensor, budget: float, groups: list[int], write: "Rows"
+) -> None:
     """GPTQ of a gated model for the tokens that run, and for all."""
     with g.budget(model, budget):
         write("gated, float", model, 0.0, (0, 0), group_size=None)
-    for group in (64, 128):
+    for group in groups:
         for name, share in (("Hessians of tokens that run", budget), ("Hessians of all tokens", 1.0)):
             model, _ = g.load(place)
             step = g.Quantize(group_size=group, symmetric=True, short_groups=True)

@@ -17,13 +17,14 @@ import gateskip_compress as g
 from gateskip_compress.elimination import eliminate
 from gateskip_compress.evaluate import evaluate
 from gateskip_compress.macs import count_macs, head_macs, ungated_macs_per_token
-from gateskip_compress.model import Width, blocks, branch_width, narrow
+from gateskip_compress.model import Width, blocks, branch_width, narrow, out_projection
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.pruning.cut import Curve, sizes, uneven, uniform
 from gateskip_compress.pruning.influence import influence
-from gateskip_compress.pruning.moments import RIDGE
+from gateskip_compress.pruning.moments import RIDGE, damped, refitted
 from gateskip_compress.pruning.refit import narrow_and_refit
-from gateskip_compress.pruning.score import cached_scores, score
+from gateskip_compress.pruning.score import cached_scores, log_perplexity, score
+from gateskip_compress.pruning.trial import corrected, trial
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage
 
@@ -273,6 +274,46 @@ def test_branches_by_perplexity_are_those_it_is_best_without():
     model.model.layers[2].self_attn.o_proj.weight.data.zero_()
     without = math.log(evaluate(model, windows).perplexity)
     assert found[2, "attention"].after(2) == pytest.approx(without - whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_a_trial_measures_the_cut_model_and_leaves_the_whole_one(kind):
+    model, cut = tiny(), tiny()
+    out, width = out_projection(model, 1, kind), branch_width(model, 1, kind)
+    curve = Curve(tuple(reversed(range(width.units))), (0.0,) * width.units)
+    x = torch.randn(500, width.units * width.inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments, before = damped(x.T @ x, len(x)), out.weight.data.clone()
+    gone, measured = trial(out, curve, width, moments, lambda: log_perplexity(model, CALIBRATION))
+    assert torch.equal(out.weight.data, before)
+    assert gone == max(1, width.units // 3)
+    left = range(width.units - gone)
+    narrow(cut, 1, kind, left)
+    out_projection(cut, 1, kind).weight.data.copy_(refitted(moments, before, torch.arange(len(left) * width.inputs)))
+    assert measured == pytest.approx(log_perplexity(cut, CALIBRATION), abs=1e-5)
+    assert measured != pytest.approx(log_perplexity(model, CALIBRATION), abs=1e-5)
+
+
+def test_curves_are_corrected_by_the_trials_of_neighbouring_blocks():
+    curves = {
+        (layer, kind): Curve((1, 0), (said, 3 * said))
+        for layer in range(8)
+        for kind, said in (("attention", 0.1 + layer), ("mlp", 2.0))
+        if (layer, kind) != (3, "mlp")
+    }
+    tried = {key: (1, 0.5 * key[0] ** 2 - 1) for key in curves}
+    found = corrected(curves, tried)
+    for layer, kind in curves:
+        said = lost = 0.0
+        for near in range(max(0, layer - 2), min(8, layer + 3)):
+            for other in ("attention", "mlp"):
+                if (near, other) in curves:
+                    said += curves[near, other].lost[0]
+                    lost += tried[near, other][1]
+        expected = [max(0.02, lost / said) * value for value in curves[layer, kind].lost]
+        assert found[layer, kind].lost == pytest.approx(expected)
+        assert found[layer, kind].order == (1, 0)
+    nothing = {(0, "mlp"): Curve((0,), (0.0,))}
+    assert corrected(nothing, {(0, "mlp"): (1, 0.3)}) == nothing
 
 
 @pytest.mark.parametrize("by", ["second_order", "activation", "magnitude"])

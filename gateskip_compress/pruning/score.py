@@ -2,7 +2,8 @@
 
     second_order   of a branch's output y = W x the loss is quadratic with the Kronecker-factored Fisher matrix
                    E g gᵀ ⊗ E x xᵀ, g the loss's gradient at y; units go by backward elimination, what is left
-                   refitted each time, see `elimination.py`. In nats a token, and so the same for all branches
+                   refitted each time, see `elimination.py`; then one cut of each branch is tried, see `trial.py`.
+                   In nats a token, and so the same for all branches
     activation     E |W_j x_j|² of each input j: what zeroing it changes (Wanda's product, arXiv 2306.11695, by columns)
     magnitude      sum of squares of the weights that a unit takes along; the usual baseline
     influence      1 - cos of the stream before and after the whole branch (ShortGPT, arXiv 2403.03853)
@@ -53,6 +54,7 @@ from ..text import fingerprint
 from .cut import Curve, Key, Scores
 from .influence import influence
 from .moments import damped, weighed
+from .trial import TRIAL_TOKENS, corrected, trial
 
 By = Literal["second_order", "activation", "magnitude", "influence", "perplexity", "gates"]
 SCORING_TOKENS: dict[By, int] = {
@@ -64,6 +66,8 @@ SCORING_TOKENS: dict[By, int] = {
     "gates": 1024,
 }
 """Of the calibration text, at most."""
+_FORM = 2
+"""Of kept scores; to be raised when a score means something else."""
 _TOGETHER = 1 / 16
 """Share of the channels left that go at a time."""
 
@@ -71,12 +75,12 @@ _TOGETHER = 1 / 16
 def cached_scores(model: PreTrainedModel, by: By, context: Context) -> Scores:
     """Scores, out of the context's cache folder where the same model was scored by the same text before.
 
-    The file is `scores-<by>-<hash>.json`, by the model's weights and the text.
+    The file is `scores-<by>-<form>-<hash>-<hash>.json`, by the model's weights and the text.
     """
     if context.cache is None:
         return score(model, by, context)
     text = hashlib.sha256(context.calibration.cpu().numpy().tobytes()).hexdigest()[:16]
-    path = context.cache / f"scores-{by}-{fingerprint(model)}-{text}.json"
+    path = context.cache / f"scores-{by}-{_FORM}-{fingerprint(model)}-{text}.json"
     if not path.is_file():
         _write(path, score(model, by, context))
     return _read(path)
@@ -126,19 +130,24 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
         for window in context.track(list(windows), "score by curvature"):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             F.cross_entropy(logits, window[1:], reduction="sum").backward()
-    found = {}
-    for key, linear in context.track(list(outs.items()), "eliminate"):
+    found, tried = {}, {}
+    some = windows[: max(1, TRIAL_TOKENS // windows.shape[1])]
+    before = log_perplexity(model, some)
+    for key, linear in context.track(list(outs.items()), "eliminate and try"):
         width = branch_width(model, *key)
+        moments = damped(mirrored(xx.pop(key)) / windows.numel(), windows.numel())
         values, vectors = torch.linalg.eigh(mirrored(gg.pop(key)).double() / windows.numel())
         root = (values.clamp_min(0) / 2).sqrt()[:, None] * vectors.T
         gone = eliminate(
-            damped(mirrored(xx.pop(key)) / windows.numel(), windows.numel()),
+            moments,
             root @ linear.weight.detach().double(),
             group=width.inputs,
             share=_TOGETHER,
         )
         found[key] = Curve(tuple(gone.order.tolist()), tuple(gone.lost.tolist()))
-    return found
+        count, after = trial(linear, found[key], width, moments, lambda: log_perplexity(model, some))
+        tried[key] = count, after - before
+    return corrected(found, tried)
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from .gates import forget_block, replace_by_surrogate
 from .influence import influence
 from .refit import narrow_and_refit
 from .score import SCORING_TOKENS, By, cached_scores, gate_scores, log_perplexity, present
+from .trial import TRIAL_TOKENS
 
 Cut = Literal["blocks", "branches", "width", "attention", "channels"]
 Of = Literal["parameters", "macs", "bytes"]
@@ -142,7 +143,8 @@ class Prune:
             return count * tokens * (layers if self.scored == "perplexity" else 1)
         if self.scored == "perplexity":
             return (2 * layers + 1) * tokens
-        return 3 * tokens + 3 * calibration_tokens if self.scored == "second_order" else tokens
+        trials = (2 * layers + 1) * min(TRIAL_TOKENS, calibration_tokens)
+        return 3 * tokens + trials + 3 * calibration_tokens if self.scored == "second_order" else tokens
 
     def _drop_blocks(self, model: PreTrainedModel, context: Context) -> Record:
         """Remove blocks one at a time, scored anew each time; the record names them by their original indices."""
