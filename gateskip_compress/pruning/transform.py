@@ -65,10 +65,9 @@ class Prune:
             along; `channels` of MLPs; or `width`, both of these.
         by: Score, see `score.py`; None is the default for what is cut, the first in `SCORES`. `gates` reads those that
             a GateSkip step fitted, and leaves their surrogates in the place of the branches.
-        shape: `uniform` widths, which leave a plain Hugging Face model; or `uneven` ones, cut where the score predicts
-            the least loss, for which the model loads through this package. Predictions of deep cuts add up to less than
-            what is lost, so measure both: on SmolLM2-135M uniform widths lost less. None is uniform, but uneven for
-            branches.
+        shape: `uniform` widths, which leave a plain Hugging Face model; or `uneven` ones, cut where the score says that
+            the least is lost, which is better at the same size, and for which the model loads through this package.
+            None is uniform, but uneven for branches.
         multiple: What output projections read is a multiple of it, or as wide as it was, so that groups of weights fit.
 
     Raises:
