@@ -291,7 +291,8 @@ def step_s(
         began = time.perf_counter()
         model(ids[:, after + run :][:, :tokens], past_key_values=cache, use_cache=True)
         seconds.append(time.perf_counter() - began)
-        cache.crop(after + run + 1)
+        if tokens > 1:
+            cache.crop(1 - tokens)
     return median(seconds[1:])
 
 
