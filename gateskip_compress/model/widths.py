@@ -38,6 +38,10 @@ class Width:
     units: int
     inputs: int
 
+    def columns(self, kept: Sequence[int]) -> Int[Tensor, " m"]:
+        """Of the output projection, those that read some units."""
+        return _spread(torch.tensor(kept, dtype=torch.long), self.inputs)
+
 
 Kept = Mapping[tuple[int, str], Sequence[int]]
 """By layer and branch kind: the KV groups or channels that stay, ascending."""
@@ -119,7 +123,7 @@ def narrow(model: PreTrainedModel, layer: int, kind: str, kept: Sequence[int]) -
         _keep_rows(linear, torch.cat(parts))
     out = out_projection(model, layer, kind)
     assert out is not None
-    _keep_columns(out, _spread(torch.tensor(kept), width.inputs))
+    _keep_columns(out, width.columns(kept))
     if kind == "mlp":
         _tell(body, ("intermediate_size",), len(kept))
     else:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,7 +42,7 @@ def narrow_and_refit(model: PreTrainedModel, kept: Kept, context: Context) -> di
             with _moments(model, layer, kind, out) as seen:
                 run()
             width, xx = branch_width(model, *key), damped(seen[0], context.calibration.numel())
-            inputs = (torch.tensor(kept[key])[:, None] * width.inputs + torch.arange(width.inputs)).flatten()
+            inputs = width.columns(kept[key])
             weight, before = refitted(xx, out.weight.data, inputs.to(xx.device)), out.weight.data.double()
             narrow(model, *key, kept[key])
             out.weight.data.copy_(weight)

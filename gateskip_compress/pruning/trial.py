@@ -1,9 +1,9 @@
 """Curves against what cuts really lose.
 
 The second order is that of small changes, and of each branch by itself. A third of one branch of SmolLM2-135M, cut and
-refitted, loses a tenth of what its curve says in the first half of the model and twice as much in the last blocks:
-allocations by curves alone cut deepest where most is lost. So one cut of each branch is tried. A single trial is half
-noise; those of neighbouring blocks, of both kinds, are pooled, and leave curves their shape.
+refitted, lost some tenth of what its curve says in the first half of the model and up to twice as much in the last
+blocks: allocations by curves alone cut deepest where most is lost. So one cut of each branch is tried. A single trial
+is half noise; those of neighbouring blocks, of both kinds, are pooled, and leave curves their shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,8 +41,7 @@ def trial(
         How many units went, and the measure then.
     """
     gone, whole = max(1, width.units // _PART), out.weight.data
-    left = torch.tensor(curve.left(gone), dtype=torch.long)[:, None]
-    inputs = (left * width.inputs + torch.arange(width.inputs)).flatten().to(whole.device)
+    inputs = width.columns(curve.left(gone)).to(whole.device)
     out.weight.data = torch.zeros_like(whole)
     try:
         if len(inputs):
