@@ -16,9 +16,10 @@ import torch
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import BUDGETS, calibrate
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.macs import count_macs, ungated_macs_per_token
-from gateskip_compress.measure import cores, environment
+from gateskip_compress.measure import environment
+from gateskip_compress.processor import cores
 from gateskip_compress.text import passages
 
 BESIDE = 0.1

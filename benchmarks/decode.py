@@ -4,8 +4,9 @@ Timed: a whole call that reads a prompt and decodes greedily, no end token stopp
 token, as a streamer or the peer's own metrics tell it, decode the rest. All contestants take turns within one run, so
 that drift of the machine hits all alike; ratios are medians of the turns' own ratios. Not timed: tokenizing; and
 loading, which has a column of its own: from a fresh process, imports included, to the first token, ours with packed
-weights kept beside the checkpoint. Beside tokens/s stand the weights' bytes that a token reads, times tokens/s, as a
-share of the read bandwidth measured in the same run.
+weights kept beside the checkpoint, as `gateskip generate` starts, and as a session made of a Hugging Face model does.
+Beside tokens/s stand the weights' bytes that a token reads, times tokens/s, as a share of the read bandwidth measured
+in the same run.
 
     python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
 
@@ -33,7 +34,7 @@ from transformers import StoppingCriteriaList
 
 import gateskip_compress as g
 from gateskip_compress import runtime
-from gateskip_compress.gating.dial import dial_of, is_gated
+from gateskip_compress.gating.turning import dial_of, is_gated
 from gateskip_compress.measure import environment
 from gateskip_compress.runtime.extension import extension
 from gateskip_compress.runtime.watch import Times
@@ -77,7 +78,17 @@ print(json.dumps(time.perf_counter() - start), flush=True)
 for line in sys.stdin:
     print(json.dumps(run(*json.loads(line))), flush=True)
 """
-_LOAD = """
+_LOADS = {
+    "load_s": """
+import time
+start = time.perf_counter()
+import sys
+from gateskip_compress.runtime.ready import generate_ready
+how = {"new_tokens": 1, "budget": None, "speculate": False, "put": None, "tell": print}
+assert generate_ready(sys.argv[1], "Hello", **how) is not None
+print(time.perf_counter() - start)
+""",
+    "load_through_transformers_s": """
 import time
 start = time.perf_counter()
 import sys, torch
@@ -86,7 +97,8 @@ from gateskip_compress import load, runtime
 session = runtime.lower(load(sys.argv[1])[0], context_tokens=512, beside=Path(sys.argv[1]))
 session.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, attention_mask=torch.ones(1, 3))
 print(time.perf_counter() - start)
-"""
+""",
+}
 Run = Callable[[list[list[int]], int], tuple[float, float]]
 """Seconds that a contestant takes to the first token of a batch of prompts, and for the rest of so many of each."""
 APART = 37
@@ -127,14 +139,18 @@ def measure(scratch: Path) -> None:
         activation_bits=given.activation_bits,
     )
     session = lower()
-    load_s = {"native": median(_load_s(given.model) for _ in range(LOADS))}
+    lower(beside=Path(given.model))  # packs
+    loads = {
+        "native": {name: median(_load_s(code, given.model) for _ in range(LOADS)) for name, code in _LOADS.items()}
+    }
     threads = given.threads or runtime.doctor()["cores"]
     torch.set_num_threads(threads)
     contestants = _ours(session, lower(cache="int8"), given.dtype)
     absent: dict[str, str] = {}
     for name in PEERS:
         try:
-            contestants[name], load_s[name] = _loaded(given.peers, name, given.gguf, threads, given.batch, scratch)
+            contestants[name], seconds = _loaded(given.peers, name, given.gguf, threads, given.batch, scratch)
+            loads[name] = {"load_s": seconds}
         except RuntimeError as error:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
@@ -151,7 +167,7 @@ def measure(scratch: Path) -> None:
                     "batch": given.batch,
                     "prompt_tokens": length,
                     "new_tokens": given.new_tokens,
-                    "load_s": load_s.get(row["contestant"]),
+                    **loads.get(row["contestant"], {"load_s": None}),
                     "read_bytes_per_s": bandwidth,
                     "weight_bytes_per_token": read,
                     "roofline_share": rate / given.batch * read / bandwidth if read else None,
@@ -195,9 +211,9 @@ def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[
     return found
 
 
-def _load_s(model: str) -> float:
-    """Seconds of a fresh process to its first token; the first one packs."""
-    done = subprocess.run([sys.executable, "-c", _LOAD, model], capture_output=True, text=True, check=True)
+def _load_s(code: str, model: str) -> float:
+    """Seconds of a fresh process to its first token."""
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

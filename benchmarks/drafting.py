@@ -19,8 +19,9 @@ from speculation import LONGEST, RUNS, read_prompts, theory
 
 import gateskip_compress as g
 from gateskip_compress import runtime
-from gateskip_compress.measure import cores, environment
+from gateskip_compress.measure import environment
 from gateskip_compress.pipeline import apply
+from gateskip_compress.processor import cores
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
 from gateskip_compress.text import self_written

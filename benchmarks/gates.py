@@ -52,14 +52,15 @@ from gateskip_compress.baselines.batch_quantile import BatchQuantile
 from gateskip_compress.baselines.early_exit import EarlyExit
 from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
 from gateskip_compress.baselines.random_skip import RandomSkip
-from gateskip_compress.evaluate import COUNTED_PASSAGES
 from gateskip_compress.gating.calibrate import calibrate
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.macs import branch_costs, ungated_macs_per_token
-from gateskip_compress.measure import cores, environment
+from gateskip_compress.measure import environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start
 from gateskip_compress.precision import quick_products
+from gateskip_compress.processor import cores
+from gateskip_compress.quality import COUNTED_PASSAGES
 from gateskip_compress.source import cache_folder
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage, passages, self_written

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.quantization.groups import dequantize, pack, quantize, unpack
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context

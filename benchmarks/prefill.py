@@ -20,7 +20,8 @@ import torch
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, floor, observe, thresholds_for
-from gateskip_compress.gating.dial import RUN_ALL, dial_of
+from gateskip_compress.gating.dial import RUN_ALL
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.macs import head_macs
 from gateskip_compress.measure import Stopwatch, environment
 from gateskip_compress.runtime import lower

@@ -26,10 +26,12 @@ from lessons import lessons_and_held_out
 from transformers import DynamicCache, PreTrainedModel
 
 import gateskip_compress as g
+from gateskip_compress.folders import disk_bytes
 from gateskip_compress.macs import head_macs, ungated_macs_per_token
-from gateskip_compress.measure import cores, disk_bytes, environment
+from gateskip_compress.measure import environment
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import apply, start
+from gateskip_compress.processor import cores
 from gateskip_compress.runtime import lower
 from gateskip_compress.runtime.choose import why_not_native
 from gateskip_compress.runtime.watch import SessionWatch

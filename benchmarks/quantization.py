@@ -30,8 +30,9 @@ from transformers import PreTrainedModel
 
 import gateskip_compress as g
 from gateskip_compress.formats.read import read_gptq
-from gateskip_compress.measure import cores, environment, held_bytes
+from gateskip_compress.measure import environment, held_bytes
 from gateskip_compress.precision import quick_products
+from gateskip_compress.processor import cores
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage, passages

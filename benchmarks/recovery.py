@@ -20,8 +20,9 @@ from lessons import lessons_and_held_out
 from pruning import block_parameters, cut
 
 import gateskip_compress as g
-from gateskip_compress.measure import cores, environment
+from gateskip_compress.measure import environment
 from gateskip_compress.pipeline import apply
+from gateskip_compress.processor import cores
 from gateskip_compress.step import Context
 from gateskip_compress.text import passages
 

@@ -33,7 +33,7 @@ from transformers import DynamicCache, StoppingCriteriaList
 
 import gateskip_compress as g
 from gateskip_compress import runtime
-from gateskip_compress.gating.dial import dial_of, drafting
+from gateskip_compress.gating.turning import dial_of, drafting
 from gateskip_compress.measure import environment
 from gateskip_compress.quantization.linear import unpacked
 from gateskip_compress.runtime.watch import Times

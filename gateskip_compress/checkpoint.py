@@ -9,7 +9,6 @@ Writing goes to a hidden sibling folder that is renamed at the end, so a folder 
 hashes first. A model that was only pruned needs nothing rebuilt, gets no `quantization_config`, and loads without us.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -19,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
 from .folders import written_whole
+from .late import METHOD
+from .manifest import FORMAT, MANIFEST, checked_manifest, file_sha256
 from .model import keep_softcap
 from .step import Stage, Transform
 from .transforms import build
 
-MANIFEST = "gateskip.json"
 CARD = "README.md"
-METHOD = "gateskip"
-_FORMAT = 1
 _ALIGNMENT_BYTES = 64
 
 
@@ -110,8 +107,8 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwarg
         type(model).save_pretrained(model, folder, **kwargs)
         if manifest.tokenizer is not None:
             manifest.tokenizer.save_pretrained(folder)
-        files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-        content = {"format": _FORMAT, "package": version("gateskip-compress"), **manifest.to_json(), "files": files}
+        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        content = {"format": FORMAT, "package": version("gateskip-compress"), **manifest.to_json(), "files": files}
         (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         (folder / CARD).write_text(card(manifest))
 
@@ -128,22 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, it is of another format, or a file is missing or changed.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: not a checkpoint of ours, or one only half copied")
-    try:
-        content = json.loads(path.read_text())
-        files, form = content["files"], content["format"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy or make the checkpoint again") from error
-    if form != _FORMAT:
-        raise CheckpointError(f"{path} has format {form}, this version reads {_FORMAT}; use the version that wrote it")
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{folder} lacks {name}; copy or make the checkpoint again")
-        if _sha256(file) != expected:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; copy or make it again")
+    content = checked_manifest(folder)
     return Manifest(content["steps"], content["original"], content["measured"])
 
 
@@ -186,12 +168,6 @@ def _shown(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@register_quantization_config(METHOD)
 class GateSkipConfig(QuantizationConfigMixin):
     """What config.json says of a compressed model: enough to build its structure again.
 
@@ -205,7 +181,6 @@ class GateSkipConfig(QuantizationConfigMixin):
         self.steps, self.original = steps, original or {}
 
 
-@register_quantizer(METHOD)
 class GateSkipQuantizer(HfQuantizer):
     """Lets `AutoModelForCausalLM.from_pretrained` rebuild a compressed model; transformers calls it while loading."""
 

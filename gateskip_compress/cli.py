@@ -1,6 +1,7 @@
 """The command `gateskip`. With --json, stdout is one JSON object; errors are one line on stderr, exit code 2."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …, or auto: CUDA 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: step.field=value.")]
 Goals = Annotated[list[str] | None, typer.Option("--goal", help="Conditions to judge by, in place of the file's.")]
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # transformers is imported late
 console = Console()
 problems = Console(stderr=True)
 
@@ -132,9 +134,9 @@ def evaluate_model(
 ) -> None:
     """Measure perplexity, distance from the original and multiply-adds on a text."""
     from .checkpoint import manifest_of
-    from .evaluate import COUNTED_PASSAGES, evaluate
     from .gating.calibrate import mean_keys
     from .jobs import turned
+    from .quality import COUNTED_PASSAGES, evaluate
     from .quantization.linear import unpacked
     from .source import load
     from .text import passages
@@ -210,27 +212,27 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Decode after a prompt."""
-    from .jobs import generate as write
+    from .runtime.ready import generate_ready, is_for
 
-    result, counts = write(
-        model,
-        prompt,
-        new_tokens=new_tokens,
-        budget=budget,
-        speculate=speculate,
-        temperature=temperature,
-        seed=seed,
-        unpack=unpack,
-        runtime=runtime,
-        device=device,
-        keep=True,
-        stream=not as_json,
-        tell=problems.print,
-    )
+    asked: dict[str, Any] = {"new_tokens": new_tokens, "budget": budget, "speculate": speculate}
+    found = None
+    if temperature == 0 and not unpack and is_for(runtime, device):
+        found = generate_ready(model, prompt, **asked, put=None if as_json else _put, tell=problems.print)
+    if found is None:
+        from .jobs import generate as write
+
+        how = {"temperature": temperature, "seed": seed, "unpack": unpack, "runtime": runtime, "device": device}
+        found = write(model, prompt, **asked, **how, keep=True, stream=not as_json, tell=problems.print)
+    result, counts = found
     if as_json:
         _show(result, as_json)
     elif speculate:
         problems.print(_told(counts))
+
+
+def _put(text: str) -> None:
+    """A piece of text, at once."""
+    print(text, end="", flush=True)
 
 
 def _told(counts: Any) -> str:
@@ -257,8 +259,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what was done to a checkpoint, and check that it is whole; with --text, show where its gates skip."""
-    from .checkpoint import read_manifest
-    from .measure import disk_bytes
+    from .folders import disk_bytes
+    from .manifest import checked_manifest
 
     if text is not None:
         _look_into(
@@ -269,17 +271,18 @@ def inspect(
     for name, value in (("budget", budget), ("out", out), ("passage", passage), ("device", elsewhere)):
         if value is not None:
             raise ValueError(f"--{name} {value} says how a text is looked into; give --text too")
-    manifest = read_manifest(folder)
-    _show({**manifest.to_json(), "steps": manifest.steps, "disk_bytes": disk_bytes(folder), "whole": True}, as_json)
+    content = checked_manifest(folder)
+    told = {part: content[part] for part in ("steps", "original", "measured")}
+    _show({**told, "disk_bytes": disk_bytes(folder), "whole": True}, as_json)
 
 
 def _look_into(
     folder: Path, text: str, share: float | None, page: Path, passage: int, device: str, as_json: bool
 ) -> None:
     """Write the page of `inspect --text`, and its numbers."""
-    from .checkpoint import read_manifest
     from .gating.insight import insight
     from .jobs import turned
+    from .manifest import checked_manifest
     from .report import numbers_beside, write_insight
     from .source import load
     from .text import passages
@@ -287,7 +290,7 @@ def _look_into(
     numbers_beside(page)
     if page.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {page} is inside the checkpoint, whose files are checked; choose a place outside")
-    read_manifest(folder)  # a plain model, which would load too, has nothing to show
+    checked_manifest(folder)  # a plain model, which would load too, has nothing to show
     model, tokenizer = load(str(folder), device=device)
     shown = passages(text, tokenizer, window_tokens=256, most_tokens=4096)
     with turned(model, share), Progress(console=problems, transient=True) as progress:
@@ -324,7 +327,8 @@ def calibrate(
 ) -> None:
     """Find a gated checkpoint's thresholds anew, so that its budgets hold on a text like this one."""
     from .checkpoint import check_target
-    from .gating.dial import check_budget, dial_of
+    from .gating.dial import check_budget
+    from .gating.turning import dial_of
     from .pipeline import recalibrate, set_budget
     from .source import load
     from .text import passages
@@ -439,9 +443,7 @@ def render_report(folder: Path, goal: Goals = None) -> None:
 
 def main() -> None:
     """Run the command; errors of ours, wrong arguments and Ctrl-C end in one line and exit code 2."""
-    from .source import quiet_transformers
-
-    quiet_transformers()
+    os.environ |= _QUIET
     try:
         app()
     except (GateSkipError, ValueError) as error:

@@ -34,3 +34,8 @@ def write_whole(path: Path, data: str | bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Size of the weight files in a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -12,16 +12,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
-from .checkpoint import MANIFEST
-from .gating.dial import budget as turned_to
-from .gating.dial import is_gated
-from .measure import Stopwatch, disk_bytes, environment, measure_speed
+from .folders import disk_bytes
+from .gating.turning import budget as turned_to
+from .gating.turning import is_gated
+from .manifest import MANIFEST
+from .measure import Stopwatch, environment, measure_speed
 from .quantization.linear import unpacked
 from .runtime.choose import choose_runtime
 from .runtime.session import Session
 from .runtime.watch import SessionWatch
 from .source import load
 from .speculation.acceptance import Acceptance
+from .speculation.control import NO_GATES
 from .speculation.decode import self_speculative
 from .text import Passage, chat_prompt, documents, windowed
 
@@ -162,19 +164,7 @@ def generate(
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "pad_token_id": pad}
         out: Any = run(ids, streamer=streamer, **settings, **extra)  # pyright: ignore[reportArgumentType]
     new = out[0, ids.shape[1] :].tolist()
-    result = {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "token_ids": new,
-        "accepted_share": counts.accepted_share,
-        "tokens_per_verify": counts.tokens_per_verify,
-        "drafted_tokens": counts.drafted,
-        "accepted_tokens": counts.accepted,
-        "verifies": counts.verifies,
-        "plain_steps": counts.plain_steps,
-        "reread_tokens": counts.repeated,
-        **counts.time_shares,
-    }
-    return result, counts
+    return {"text": tokenizer.decode(new, skip_special_tokens=True), "token_ids": new, **counts.facts()}, counts
 
 
 def _load(source: str, runtime: str, device: str) -> Any:
@@ -199,7 +189,7 @@ def _session(
 ) -> Session | None:
     """A native session, or None for torch; why not native is told. Only checkpoints of ours keep packed weights."""
     if speculate and not is_gated(model):
-        tell("no gates to draft with: passages of the text are looked up alone")
+        tell(NO_GATES)
     if unpack and runtime == "native":
         raise ValueError("--unpack is for torch: the native runtime reads packed weights as they are")
     folder = Path(beside) if beside is not None and (Path(beside) / MANIFEST).is_file() else None

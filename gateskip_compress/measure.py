@@ -1,6 +1,5 @@
 """Seconds and bytes of one model: prefill and decode speed, peak memory, size on disk; and what machine it was."""
 
-import os
 import platform
 import resource
 import subprocess
@@ -20,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .processor import processor_name
 from .speculation.acceptance import Acceptance
 from .speculation.decode import self_speculative
 
@@ -175,11 +175,6 @@ def _peak_rusage_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def disk_bytes(folder: Path) -> int:
-    """Size of the weight files in a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def environment(model: PreTrainedModel) -> dict[str, Any]:
     """Versions and device, to stand beside numbers."""
     names = ("torch", "transformers")
@@ -209,22 +204,11 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def device_name(device: torch.device) -> str:
     """What the processor or GPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import Manifest, attach, manifest_of
 from .errors import PipelineError, UnsupportedModel
 from .gating.calibrate import CALIBRATION_TOKENS, first_tokens
-from .gating.dial import dial_of, is_gated
 from .gating.transform import GateSkip
+from .gating.turning import dial_of, is_gated
 from .macs import ungated_macs_per_token
 from .precision import quick_products
 from .pruning.transform import Prune

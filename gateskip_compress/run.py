@@ -24,13 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Manifest
 from .errors import GateSkipError, PipelineError
-from .evaluate import COUNTED_PASSAGES, Quality, Reference, evaluate
-from .folders import write_whole
+from .folders import disk_bytes, write_whole
 from .fresh import ProcessFailed, fresh_value, start_server
-from .gating.dial import budget, dial_of, is_gated
+from .gating.turning import budget, dial_of, is_gated
 from .jobs import bench, generate
-from .measure import disk_bytes, environment
+from .measure import environment
 from .pipeline import apply, settings, start
+from .quality import COUNTED_PASSAGES, Quality, Reference, evaluate
 from .quantization.linear import unpacked
 from .recipe import Recipe
 from .report import write_report

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import MANIFEST, attach, read_manifest
+from .checkpoint import attach, read_manifest
 from .errors import UnsupportedModel
 from .folders import written_whole
 from .formats.read import is_gptq, read_gptq
+from .manifest import MANIFEST
 from .model import keep_softcap
 from .pipeline import drop_gguf
 

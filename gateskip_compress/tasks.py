@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from .errors import CalibrationError
-from .evaluate import bootstrap_interval
 from .names import check_choice
+from .quality import bootstrap_interval
 from .track import untracked
 
 

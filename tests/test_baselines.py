@@ -14,7 +14,7 @@ from gateskip_compress.baselines.early_exit import EarlyExit
 from gateskip_compress.baselines.mixture_of_depths import MixtureOfDepths
 from gateskip_compress.baselines.random_skip import RandomSkip, random_score
 from gateskip_compress.gating.calibrate import everywhere, observe, spent
-from gateskip_compress.gating.dial import decisions, dial_of, skipping
+from gateskip_compress.gating.turning import decisions, dial_of, skipping
 from gateskip_compress.macs import head_macs, ungated_macs_per_token
 from gateskip_compress.model import blocks
 from gateskip_compress.step import Context, Transform

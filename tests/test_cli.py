@@ -6,7 +6,7 @@ from tiny_models import compress, tiny, tiny_tokenizer
 
 import gateskip_compress as g
 from gateskip_compress import cli
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.turning import dial_of
 
 
 @pytest.fixture(scope="module")

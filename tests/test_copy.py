@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, observe, spent
-from gateskip_compress.gating.dial import decisions, dial_of
+from gateskip_compress.gating.turning import decisions, dial_of
 from gateskip_compress.macs import branch_costs, ungated_macs_per_token
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)

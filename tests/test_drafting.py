@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import gateskip_compress as g
 from gateskip_compress.speculation.accept import stand_by_chance, stand_greedily
 from gateskip_compress.speculation.control import Control, Drafter, looked_up, sure
-from gateskip_compress.speculation.draft import LONGEST, look_up
+from gateskip_compress.speculation.lookup import LONGEST, look_up
 from gateskip_compress.speculation.rows import Rows
 
 SIGNIFICANCE = 1e-4

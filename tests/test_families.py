@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, St
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, spent
-from gateskip_compress.gating.dial import decisions, dial_of
+from gateskip_compress.gating.turning import decisions, dial_of
 from gateskip_compress.model import blocks, branches, keep_softcap, linears, read_out, watch
 from gateskip_compress.quantization.linear import QuantizedLinear
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import calibrate, everywhere, observe, spent
 from gateskip_compress.gating.closed_form import backward_elimination
-from gateskip_compress.gating.dial import RUN_ALL, dial_of
+from gateskip_compress.gating.dial import RUN_ALL
 from gateskip_compress.gating.fit import RIDGE
 from gateskip_compress.gating.gate import KINDS, Gate
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.losses import gate_kl, gate_l1, gate_l2
 from gateskip_compress.macs import ungated_macs_per_token
 from gateskip_compress.model import FAMILIES, blocks, entering, resumed

@@ -5,7 +5,7 @@ from transformers import DynamicCache, StaticCache
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import everywhere, observe, spent
-from gateskip_compress.gating.dial import decisions, dial_of
+from gateskip_compress.gating.turning import decisions, dial_of
 from gateskip_compress.macs import ungated_macs_per_token
 from gateskip_compress.model.attention import whole_rectangles
 

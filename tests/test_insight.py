@@ -10,8 +10,8 @@ from tiny_models import compress, tiny, tiny_tokenizer, tokens
 
 from gateskip_compress import GateSkip, UnsupportedModel, budget
 from gateskip_compress.gating.calibrate import observe, spent
-from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.gating.insight import CLASSES, FEWEST_USES, by_position, by_string, classes, insight
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.report import write_insight
 from gateskip_compress.report.insight import visible
 from gateskip_compress.text import Passage

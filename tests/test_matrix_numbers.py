@@ -13,12 +13,12 @@ from test_report import Page
 from tiny_matrix import PARTS, made_up, matrix_file
 
 import gateskip_compress as g
-from gateskip_compress.evaluate import bootstrap_means
 from gateskip_compress.matrix.cells import nodes_of
 from gateskip_compress.matrix.derive import derive, front, judge, saves
 from gateskip_compress.matrix.metrics import METRICS, parse_goal
 from gateskip_compress.matrix.search import value_of
 from gateskip_compress.matrix.spec import read_spec
+from gateskip_compress.quality import bootstrap_means
 from gateskip_compress.report.matrix import initials, plain, write_matrix
 
 LOSSES = {"": (20, 20), "prune": (22, 20), "quantize": (21, 21), "prune+quantize": (24, 22), "gateskip": (21, 20)}

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import gateskip_compress as g
 from gateskip_compress.elimination import eliminate
-from gateskip_compress.evaluate import evaluate
 from gateskip_compress.macs import count_macs, head_macs, ungated_macs_per_token
 from gateskip_compress.model import Width, blocks, branch_width, narrow, out_projection
 from gateskip_compress.pipeline import apply, start
@@ -25,6 +24,7 @@ from gateskip_compress.pruning.moments import RIDGE, damped, refitted
 from gateskip_compress.pruning.refit import narrow_and_refit
 from gateskip_compress.pruning.score import cached_scores, log_perplexity, score
 from gateskip_compress.pruning.trial import corrected, trial
+from gateskip_compress.quality import evaluate
 from gateskip_compress.step import Context
 from gateskip_compress.text import Passage
 

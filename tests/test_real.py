@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gateskip_compress as g
-from gateskip_compress.gating.dial import dial_of
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.quantization.linear import unpacked
 from gateskip_compress.source import cache_folder

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from tiny_models import CALIBRATION, compress, tiny, tiny_tokenizer
 
 import gateskip_compress as g
-from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.gating.gate import Gate
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.losses import kl_divergence
 from gateskip_compress.macs import count_macs
 from gateskip_compress.pipeline import apply, start

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import gateskip_compress as g
-from gateskip_compress.gating.dial import dial_of, drafting
+from gateskip_compress.gating.turning import dial_of, drafting
 from gateskip_compress.speculation import decode
 from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.speculation.rows import Rows

@@ -5,9 +5,9 @@ import torch
 from tiny_models import FAMILY_CONFIGS, tiny, tiny_tokenizer
 
 import gateskip_compress as g
-from gateskip_compress.evaluate import Reference
 from gateskip_compress.losses import kl_divergence
 from gateskip_compress.macs import count_macs
+from gateskip_compress.quality import Reference
 from gateskip_compress.text import Passage, chat_prompt, drawn, packed, passages, self_written, windows
 
 TEMPLATE = (

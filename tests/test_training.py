@@ -13,8 +13,8 @@ from torch import nn
 
 import gateskip_compress as g
 from gateskip_compress.gating.calibrate import observe
-from gateskip_compress.gating.dial import dial_of
 from gateskip_compress.gating.train import train_gates
+from gateskip_compress.gating.turning import dial_of
 from gateskip_compress.losses import kl_divergence
 from gateskip_compress.model import blocks
 from gateskip_compress.pipeline import start

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
 from ..gating.calibrate import CALIBRATION_TOKENS, everywhere, first_tokens, observe, spent
-from ..gating.dial import Decision, Setting, dial_of
+from ..gating.dial import Setting
 from ..gating.transform import GateSkip
+from ..gating.turning import Decision, dial_of
 from ..model import Branch, blocks
 from ..model.attention import Sight
 from ..step import Context, Record

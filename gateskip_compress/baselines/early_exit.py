@@ -31,10 +31,11 @@ from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
 from ..gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
-from ..gating.dial import Decision, Dial, check_budget
+from ..gating.dial import Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
 from ..gating.transform import check_attention, put_in
+from ..gating.turning import Decision
 from ..model import BRANCH_KINDS, Branch, ReadOut, blocks, branches, read_out, width
 from ..model.attention import Sight
 from ..names import check_choice

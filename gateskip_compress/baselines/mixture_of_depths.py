@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from ..gating.block import GatedBlock
 from ..gating.calibrate import CALIBRATION_TOKENS, calibrate, first_tokens
-from ..gating.dial import Decision, Dial, check_budget
+from ..gating.dial import Dial, check_budget
 from ..gating.fit import Gates
 from ..gating.gate import Gate
 from ..gating.train import Training, train_gates
 from ..gating.transform import check_attention, check_dropout, put_in
+from ..gating.turning import Decision
 from ..model import Branch, blocks, branches, width
 from ..model.attention import Sight
 from ..step import Context, Record

@@ -21,8 +21,9 @@ from ..macs import branch_costs
 from ..model import BRANCH_KINDS, blocks, entering, resumed
 from ..step import Context
 from .calibrate import everywhere, observe
-from .dial import RUN_ALL, branch_index, decisions
+from .dial import RUN_ALL
 from .gate import Gate
+from .turning import branch_index, decisions
 
 MEASURED_TOKENS = 1024
 MEASURED_SHARE = 1 / 16

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from ..model import Branch, Family
 from ..model.attention import Overlay, Sight, attend, keys_values, overlay, queries, rope_of, sight
-from .dial import RUN_ALL, Decision, Dial, branch_index
+from .dial import RUN_ALL, Dial
 from .gate import Gate
+from .turning import Decision, branch_index
 
 _LEAST_SPREAD = 1e-6
 

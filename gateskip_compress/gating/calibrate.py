@@ -18,7 +18,8 @@ from ..errors import CalibrationError
 from ..macs import branch_costs, ungated_macs_per_token
 from ..model import BRANCH_KINDS, blocks
 from ..track import untracked
-from .dial import RUN_ALL, Decision, Setting, Thresholds, branch_index, decisions
+from .dial import RUN_ALL, Setting, Thresholds
+from .turning import Decision, branch_index, decisions
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
 """Budgets that thresholds are calibrated for; those in between are interpolated."""

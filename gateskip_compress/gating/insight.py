@@ -28,13 +28,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluate import bootstrap_interval
 from ..macs import BranchCost, branch_costs, head_macs
 from ..model import BRANCH_KINDS, blocks
+from ..quality import bootstrap_interval
 from ..text import Passage
 from ..track import untracked
 from .calibrate import observe
-from .dial import Decision, branch_index, dial_of
+from .turning import Decision, branch_index, dial_of
 
 FIRST, WORDS = "first token", ("frequent words", "other words", "rare words")
 CLASSES = (FIRST, "special tokens", "shared opening", "newline or whitespace", "punctuation", "digits", *WORDS)

@@ -31,8 +31,9 @@ from ..step import Context, Record
 from ..text import Passage
 from ..training import Batch, scored_logits, train
 from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
-from .dial import RUN_ALL, Decision, How, branch_index, decisions, dial_of, skipping
+from .dial import RUN_ALL, How
 from .gate import Gate
+from .turning import Decision, branch_index, decisions, dial_of, skipping
 
 What = Literal["gates", "surrogates", "lora", "all"]
 GateLoss = Literal["none", "l1", "l2", "kl"]

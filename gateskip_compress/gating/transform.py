@@ -17,10 +17,11 @@ from ..step import Context, Record, Stage
 from .allocate import weigh
 from .block import GatedBlock, gate_block
 from .calibrate import ALLOCATIONS, CALIBRATION_TOKENS, Allocation, calibrate, first_tokens
-from .dial import Dial, Setting, check_budget, dial_of, skipping
+from .dial import Dial, Setting, check_budget
 from .fit import Gates, fit_gates
 from .gate import KINDS, SHARING, SURROGATES, Gate, Kind, NarrowMlp, Surrogate
 from .train import Training, train_gates, ungated
+from .turning import dial_of, skipping
 
 Where = Literal["branches", "attention", "mlp", "block"]
 Placement = Literal["after", "before"]
@@ -181,9 +182,7 @@ class GateSkip:
 
     def dial(self, record: Record) -> Dial:
         """The dial that `fit` left behind, out of its record."""
-        dial = Dial(table=tuple(Setting(r["budget"], r["executed"], tuple(r["thresholds"])) for r in record["table"]))
-        dial.set(self.budget)
-        return dial
+        return Dial.calibrated(record["table"], self.budget)
 
     def _check(self, model: PreTrainedModel) -> None:
         check_attention(model)

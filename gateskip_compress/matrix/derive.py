@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluate import bootstrap_means, interval
+from ..quality import bootstrap_means, interval
 from .cells import Cell, quality_settings, timing_settings
 from .metrics import Goal
 from .spec import Spec, Step

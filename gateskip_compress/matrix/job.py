@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, GateSkipError
-from ..evaluate import Reference, sample
-from ..folders import write_whole
-from ..gating.dial import budget
+from ..folders import disk_bytes, write_whole
 from ..gating.transform import GateSkip
-from ..measure import disk_bytes, environment, peak_bytes
+from ..gating.turning import budget
+from ..measure import environment, peak_bytes
 from ..pipeline import apply, set_budget, start
+from ..quality import Reference, sample
 from ..quantization.linear import unpacked
 from ..run import calibration_text, evaluation_text, training_text
 from ..source import load

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from ..errors import CalibrationError, GateSkipError, PipelineError
 from ..folders import write_whole
 from ..fresh import ProcessFailed, fresh_rows
-from ..measure import cores
+from ..processor import cores
 from ..report.matrix import write_matrix
 from ..text import SELF, passages
 from ..track import untracked

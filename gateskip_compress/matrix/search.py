@@ -15,12 +15,13 @@ from typing import Any
 
 from ..errors import GateSkipError, PipelineError
 from ..folders import write_whole
+from ..processor import cores
 from ..track import untracked
 from ..transforms import transform_named
 from .cells import digest, list_cells
 from .derive import derive
 from .metrics import Goal, parse_goal
-from .run import Matrix, cores, in_processes, report_matrix
+from .run import Matrix, in_processes, report_matrix
 from .spec import Spec, Step
 from .store import opened
 

@@ -16,12 +16,12 @@ import torch
 
 from ..errors import GateSkipError
 from ..fresh import ProcessFailed, ended, fresh_process, stop
-from ..gating.dial import budget
+from ..gating.turning import budget
 from ..measure import Stopwatch, Watch, environment, forget_peak, held_bytes, peak_bytes
 from ..quantization.linear import unpacked
 from ..runtime.choose import why_not_native
 from ..runtime.extension import kernel_names
-from ..runtime.lower import lower
+from ..runtime.lowering import lower
 from ..runtime.session import Session
 from ..runtime.watch import SessionWatch
 from ..source import device_named, load

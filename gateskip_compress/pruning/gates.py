@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from ..gating.dial import Thresholds, dial_of, is_gated
+from ..gating.dial import Thresholds
+from ..gating.turning import dial_of, is_gated
 from ..model import BRANCH_KINDS, blocks, remove
 
 

@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from ..elimination import eliminate
 from ..folders import write_whole
 from ..gating.calibrate import everywhere, observe
-from ..gating.dial import RUN_ALL, dial_of
+from ..gating.dial import RUN_ALL
+from ..gating.turning import dial_of
 from ..gram import add_gram, mirrored, no_gram
 from ..macs import branch_costs
 from ..model import (

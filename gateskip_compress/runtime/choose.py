@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..errors import RuntimeUnavailable, UnsupportedModel
 from ..names import check_choice
 from .extension import extension
-from .lower import check_lowerable, lower
+from .lowering import check_lowerable, lower
 from .session import Session
 
 RUNTIMES = ("auto", "native", "torch")

@@ -1,19 +1,15 @@
 """A lowered model and its cache, call by call: what a pass over some tokens gives."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..gating.dial import Dial
-from ..model import blocks
 from .extension import extension
-from .pack import vocabulary_size
 
 _LIKELY = 4096
 
@@ -31,33 +27,38 @@ class Step:
     """
 
     best: Int[np.ndarray, " w"]
-    logits: Float[Tensor, "w v"] | None
-    kept: Bool[Tensor, "n t"] | None
-    scores: Float[Tensor, "n t"] | None
+    logits: Float[np.ndarray, "w v"] | None
+    kept: Bool[np.ndarray, "n t"] | None
+    scores: Float[np.ndarray, "n t"] | None
     shares: Float[np.ndarray, " w"] | None
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A lowered model and its cache. It runs at the budget that the model's dial is set to.
+@dataclass(frozen=True, kw_only=True)
+class Lowered(ABC):
+    """A lowered model and its cache. It runs at the budget that its dial is set to.
 
     Args:
-        model: The Hugging Face model it was made from, for its configuration, dial and generation loop.
-        native: The lowered one.
+        native: The model.
         context_tokens: Positions of the cache.
         rows: Sequences that decode together at most.
         kernels: Which run.
+        vocabulary: Entries of it.
         bytes_per_token: Of weights that a token reads at full budget.
         drafts: Whether it has gates for drafting alone.
     """
 
-    model: PreTrainedModel
     native: Any = field(repr=False)
     context_tokens: int
     rows: int
     kernels: str
+    vocabulary: int
     bytes_per_token: int
     drafts: bool = False
+
+    @abstractmethod
+    def dial(self, *, drafts: bool) -> Dial | None:
+        """Of the gates, or of those that draft; None where there are none."""
+        ...
 
     def prefill(self, prompt: Int[np.ndarray, " t"], row: int = 0, first: int = 0, *, logits: bool = False) -> Step:
         """Run a prompt, a window at a time; what its last token gives.
@@ -89,11 +90,6 @@ class Lowered:
     def _rows(self) -> Int[np.ndarray, "r w"]:
         """Each row's number, as often as a call may need it."""
         return np.repeat(np.arange(self.rows, dtype=np.int32)[:, None], extension().WINDOW, axis=1)
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Entries of it."""
-        return vocabulary_size(self.model)
 
     @cached_property
     def likely(self) -> int:
@@ -158,9 +154,9 @@ class Lowered:
         )
         return Step(
             best,
-            torch.from_numpy(all_logits) if logits else None,
-            torch.from_numpy(kept).bool() if decisions else None,
-            torch.from_numpy(scores) if decisions else None,
+            all_logits,
+            kept.astype(bool) if decisions else None,
+            scores,
             shares,
         )
 
@@ -183,14 +179,9 @@ class Lowered:
         """
         return self.native.follow(ids.astype(np.int32), rows, positions, self._thresholds(None), steps, ends)
 
-    @cached_property
-    def _first(self) -> Any:
-        return blocks(self.model)[0]
-
     def _thresholds(self, draft: float | None) -> Float[np.ndarray, " n"] | None:
         """Of the dial as it is set, or of the one for drafting at a budget."""
-        name = "draft_dial" if draft is not None and self.drafts else "dial"
-        dial: Dial | None = getattr(self._first, name, None)
+        dial = self.dial(drafts=draft is not None and self.drafts)
         if dial is None or dial.how == "off" or (draft is None and dial.thresholds is None):
             return None
         source = dial.thresholds if draft is None else dial.table

@@ -1,98 +1,117 @@
 """Packed weights beside the checkpoint that they come from: packed once, then mapped, so that processes share them.
 
-    native.avx2.packed   safetensors: the bytes of each matrix under its name; the metadata says what they belong to
+    native.avx2.packed   safetensors: a blueprint's arrays; the metadata has the blueprint, and says what it belongs to
 
 A file is used only if it was packed by this version, for the same kernels and settings, from the checkpoint as it
 stands: its manifest, which has the hash of every other file, is part of what must agree, and so must the SHA-256 of the
-bytes themselves. Any other file is replaced.
+content itself. Any other file is replaced.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..checkpoint import MANIFEST
 from ..folders import write_whole
+from ..manifest import MANIFEST
+from .blueprint import Arrays, Blueprint
 
-_LAYOUT = 3
+_LAYOUT = 4
 """Of the packed bytes; to be raised when `native/kernels.h` lays them out in another way, or others are kept."""
-Bytes = UInt8[np.ndarray, " n"]
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "F32": np.float32}
 
 
-@dataclass
-class PackedFile:
-    """Reads matrices from a file, or takes what was packed and writes it there.
+class Sample(TypedDict):
+    """Ids of a prompt, and their text, special tokens left out."""
+
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a file holds.
 
     Args:
-        path: Of the file; None keeps nothing.
-        belongs: What the bytes were packed from and for.
-        found: Mapped matrices of a file that is there and belongs; None where there is none.
-        made: Packed because there is none.
+        plan: Of the model.
+        arrays: That it names.
+        sample: What the checkpoint's tokenizer made of `prompt.SAMPLE`; None where it had none.
     """
 
-    path: Path | None = None
-    belongs: str = ""
-    found: dict[str, Bytes] | None = None
-    made: dict[str, Bytes] = field(default_factory=dict)
+    plan: Blueprint
+    arrays: Arrays
+    sample: Sample | None
+
+    def texts(self) -> dict[str, str]:
+        """The part that is JSON."""
+        return {"plan": json.dumps(self.plan, sort_keys=True), "sample": json.dumps(self.sample)}
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """Where one is, or would be.
+
+    Args:
+        path: Of the file.
+        belongs: What its content is packed from and for.
+    """
+
+    path: Path
+    belongs: str
 
     @classmethod
-    def beside(cls, checkpoint: Path, kernels: str, **settings: str) -> "PackedFile":
+    def beside(cls, checkpoint: Path, kernels: str, *, floats: str, head: str) -> "PackedFile":
         """The file of a checkpoint of ours.
 
         Args:
             checkpoint: Its folder.
             kernels: That the bytes are laid out for.
-            settings: Of the packing.
+            floats: As in `lower`.
+            head: As there.
         """
         manifest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
         facts = {"layout": _LAYOUT, "package": version("gateskip-compress"), "manifest": manifest, "kernels": kernels}
-        path, belongs = checkpoint / f"native.{kernels}.packed", json.dumps(facts | settings, sort_keys=True)
-        return cls(path, belongs, _mapped(path, belongs))
+        belongs = json.dumps(facts | {"floats": floats, "head": head}, sort_keys=True)
+        return cls(checkpoint / f"native.{kernels}.packed", belongs)
 
-    def get(self, name: str, pack: Callable[[], Bytes]) -> Bytes:
-        """A matrix as it was packed before, or packed now."""
-        if self.found is not None:
-            return self.found[name]
-        packed = pack()
-        if self.path is not None:
-            self.made[name] = packed
-        return packed
-
-    def keep(self) -> None:
-        """Write what was packed; where the folder takes no file, all is packed again next time."""
-        if self.path is None or not self.made:
-            return
-        with suppress(OSError):
-            write_whole(self.path, save(self.made, {"belongs": self.belongs, "sha256": _sha256(self.made)}))
-        self.made = {}
-
-
-def _mapped(path: Path, belongs: str) -> dict[str, Bytes] | None:
-    """The matrices of a file, if it is whole and belongs."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:  # of the frameworks, torch alone maps
-            facts = file.metadata() or {}
-            if facts.get("belongs") != belongs:
+    def read(self) -> Packed | None:
+        """Its content, mapped; None where there is none, or it is damaged or of something else."""
+        try:
+            facts, arrays = _mapped(self.path)
+            if facts["belongs"] != self.belongs:
                 return None
-            found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-            return found if facts.get("sha256") == _sha256(found) else None
-    except SafetensorError:  # cut off, or no such file at all
-        return None
+            found = Packed(json.loads(facts["plan"]), arrays, json.loads(facts["sample"]))
+            return found if facts["sha256"] == _sha256(found) else None
+        except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or no such file at all
+            return None
+
+    def write(self, content: Packed) -> None:
+        """Keep what was packed; where the folder takes no file, all is packed again next time."""
+        facts = {"belongs": self.belongs, "sha256": _sha256(content), **content.texts()}
+        with suppress(OSError):
+            write_whole(self.path, save({name: np.ascontiguousarray(a) for name, a in content.arrays.items()}, facts))
 
 
-def _sha256(matrices: dict[str, Bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(matrices):
-        digest.update(matrices[name])
+def _mapped(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata and arrays of a safetensors file, where they lie: its own library maps for torch alone."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    facts, arrays, content = header.pop("__metadata__", {}), {}, np.memmap(path, np.uint8, "r", 8 + size)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        arrays[name] = content[begin:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return facts, arrays
+
+
+def _sha256(content: Packed) -> str:
+    digest = hashlib.sha256("".join(content.texts().values()).encode())
+    for name in sorted(content.arrays):
+        digest.update(np.ascontiguousarray(content.arrays[name]))
     return digest.hexdigest()

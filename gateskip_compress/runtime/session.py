@@ -6,7 +6,8 @@ is ours. Prompts go in a window at a time, so that Ctrl-C stops them too.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,36 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..gating.dial import Dial
+from ..model import blocks
 from ..speculation.acceptance import Acceptance
-from ..speculation.control import control_of
 from ..speculation.decode import side_by_side
 from ..speculation.scores import check_processors
-from ..speculation.transform import SelfSpeculation, settings_of
-from .extension import extension
+from ..speculation.transform import control_of, settings_of
+from .choosing import choose, choosers, ends_of
 from .greedy import Greedy
 from .lowered import Lowered, Step
 from .speculate import Speculator
-from .texts import Ends, Text, choose, grow, prompts
+from .texts import Text, grow, prompts
 
 
+@dataclass(frozen=True, kw_only=True)
 class Session(Lowered):
-    """A lowered model that decodes, as its Hugging Face model would."""
+    """A lowered model that decodes, as its Hugging Face model would.
+
+    Args:
+        model: The Hugging Face model it was made from, for its configuration, dial and generation loop.
+    """
+
+    model: PreTrainedModel
+
+    def dial(self, *, drafts: bool) -> Dial | None:
+        """The model's."""
+        return getattr(self._first, "draft_dial" if drafts else "dial", None)
+
+    @cached_property
+    def _first(self) -> Any:
+        return blocks(self.model)[0]
 
     def generate(
         self, ids: Int[Tensor, "b t"], *, streamer: BaseStreamer | None = None, **settings: Any
@@ -88,13 +105,15 @@ class Session(Lowered):
         sampled = bool(generation_config.do_sample)
         padding = _padding(input_ids, model_kwargs.get("attention_mask"))
         with _torch_in_one_thread():
-            ends = Ends(stopping_criteria)
+            ends = ends_of(stopping_criteria)
             greedy = Greedy(self, ends)
             decode: Callable[[list[Text]], list[int]] = greedy.round
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
                 settings = settings_of(self.model, given)
-                self._check_speculation(input_ids, logits_processor, streamer, settings)
+                check_processors(logits_processor, input_ids, self.vocabulary)
+                if streamer is not None and len(input_ids) > 1:
+                    raise ValueError(f"a streamer follows one sequence, got {len(input_ids)}")
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), sampled=sampled, runtime="native")
                 decode = Speculator(greedy, control, counts).round
@@ -102,8 +121,12 @@ class Session(Lowered):
                 return self._together(
                     input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer
                 )
-            texts = prompts(input_ids, padding, logits_processor, generation_config.max_length, sampled=sampled)
-            return side_by_side(grow(self, texts, decode, ends, streamer), generation_config)
+            own = choosers(self, logits_processor, len(input_ids), sampled=sampled)
+            texts = prompts(list(input_ids.numpy()), padding, generation_config.max_length, own)
+            grown = grow(self, texts, decode, ends, _heard(streamer))
+            if streamer is not None:
+                streamer.end()
+            return side_by_side([torch.from_numpy(text) for text in grown], generation_config)
 
     def _together(
         self,
@@ -133,20 +156,6 @@ class Session(Lowered):
                     streamer.end()
                 return ids
             logits, positions = _asked(self.run(chosen.numpy(), rows, positions, rows, logits=True)), positions + 1
-
-    def _check_speculation(
-        self,
-        ids: Int[Tensor, "b t"],
-        processors: LogitsProcessorList,
-        streamer: BaseStreamer | None,
-        settings: SelfSpeculation,
-    ) -> None:
-        check_processors(processors, ids, self.vocabulary)
-        if streamer is not None and len(ids) > 1:
-            raise ValueError(f"a streamer follows one sequence, got {len(ids)}")
-        most = extension().WINDOW - 1
-        if settings.draft_tokens > most:
-            raise ValueError(f"draft_tokens {settings.draft_tokens} must be from 1 to {most}")
 
     def check(self, ids: Int[Tensor, "b t"], config: GenerationConfig) -> None:
         """Refuse what would fail later, when work would be lost."""
@@ -179,7 +188,12 @@ def _torch_in_one_thread() -> Iterator[None]:
 def _asked(step: Step) -> Float[Tensor, "w v"]:
     """Logits that were asked for."""
     assert step.logits is not None
-    return step.logits
+    return torch.from_numpy(step.logits)
+
+
+def _heard(streamer: BaseStreamer | None) -> Callable[[int], object]:
+    """Who gets tokens as they stand: a streamer, or nobody."""
+    return (lambda _: None) if streamer is None else lambda token: streamer.put(torch.tensor([token]))
 
 
 def _padding(ids: Int[Tensor, "b t"], mask: Tensor | None) -> list[int]:

@@ -11,14 +11,11 @@ guessed. What was guessed wrong stays in the cache beyond the text's end, where 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, sure, take_in
-from ..speculation.draft import look_up, worth_taking
+from ..speculation.lookup import look_up, worth_taking
 from .extension import extension
 from .greedy import Greedy
 from .lowered import Step
@@ -35,9 +32,15 @@ class Speculator:
         greedy: Makes plain steps where nobody guesses, and has the session.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
+
+    Raises:
+        ValueError: drafts may be longer than a call takes.
     """
 
     def __init__(self, greedy: Greedy, control: Control, counts: Acceptance) -> None:
+        most = extension().WINDOW - 1
+        if control.most_tokens > most:
+            raise ValueError(f"draft_tokens {control.most_tokens} must be from 1 to {most}")
         self.greedy, self.session, self.control, self.counts = greedy, greedy.session, control, counts
 
     def round(self, texts: Sequence[Text]) -> list[int]:
@@ -53,7 +56,7 @@ class Speculator:
         for text, guess in zip(texts, guesses, strict=True):
             new: list[int] = []
             while len(new) <= len(guess) and new == guess[: len(new)]:  # as many choices as tokens that stand
-                new.append(choice(self.session, step, at + len(new), text, len(new)))
+                new.append(choice(step, at + len(new), text, len(new)))
             found.append(new)
             at += len(guess) + 1
         stands, rest_s = [len(new) - 1 for new in found], pass_s + clock.lap()
@@ -91,7 +94,7 @@ class Speculator:
     def _guess_by_gates(self, texts: Sequence[Text], drafter: Drafter, share: float, most: int) -> list[list[Hashable]]:
         """The model's likeliest tokens under a lower budget, as long as they pay."""
         evidence: list[list[Hashable]] = [[] for _ in texts]
-        chance, processed = 1.0, len(texts[0].processors) > 0
+        chance, processed = 1.0, texts[0].chooser is not None and texts[0].chooser.processes
         for guessed in range(most):
             step = self.session.draft(*lasts(texts, guessed), share, logits=processed)
             best, shares = step.best, step.shares
@@ -108,13 +111,12 @@ class Speculator:
         return evidence
 
     def _processed(
-        self, texts: Sequence[Text], guessed: int, logits: Float[Tensor, "b v"]
+        self, texts: Sequence[Text], guessed: int, logits: Float[np.ndarray, "b v"]
     ) -> tuple[Int[np.ndarray, " b"], Float[np.ndarray, " b"]]:
-        """Best tokens and their shares after processors, which know tokens by their place in the whole vocabulary."""
-        logits = F.pad(logits, (0, self.session.vocabulary - logits.shape[1]), value=-torch.inf)
-        scores = [t.processors(t.upto(guessed), row[None]) for t, row in zip(texts, logits, strict=True)]
-        top = torch.cat(scores).softmax(dim=-1).max(dim=-1)
-        return top.indices.numpy(), top.values.nan_to_num(0.0).numpy()
+        """Best tokens and their shares by the texts' own choosers."""
+        found = [t.chooser.likeliest(t.upto(guessed), row) for t, row in zip(texts, logits, strict=True) if t.chooser]
+        best, shares = zip(*found, strict=True)
+        return np.array(best), np.array(shares)
 
     def _verify(self, texts: Sequence[Text], counts: list[int]) -> Step:
         """What each text's last token and the guesses behind it give, text after text."""

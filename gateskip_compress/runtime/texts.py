@@ -1,20 +1,36 @@
 """Texts that grow side by side in one session: how they begin, how tokens are chosen, and when they end."""
 
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation.streamers import BaseStreamer
 
-from ..speculation.scores import of_rows
-from .extension import extension
 from .lowered import Lowered, Step
+
+Tell = Callable[[int], object]
+"""Gets tokens as they stand."""
+
+
+class Chooser(ABC):
+    """Chooses among logits otherwise than by the largest."""
+
+    @property
+    @abstractmethod
+    def processes(self) -> bool:
+        """Whether drafts are to ask it too: else a draft's best token is the largest logit's."""
+        ...
+
+    @abstractmethod
+    def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
+        """The token after a text."""
+        ...
+
+    @abstractmethod
+    def likeliest(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " u"]) -> tuple[int, float]:
+        """A draft's best token, out of the first entries of the vocabulary, and its share of the softmax."""
+        ...
 
 
 @dataclass
@@ -26,30 +42,28 @@ class Text:
         ids: Room for the longest text there may be; as long for all texts.
         length: Of what stands.
         padding: Tokens before the first real one.
-        processors: Its own, applied alike to every choice.
-        sampled: Tokens are drawn, by torch's global generator; else the best are taken.
+        chooser: Of its tokens; None takes the best.
     """
 
     row: int
     ids: Int[np.ndarray, " most"]
     length: int
     padding: int
-    processors: LogitsProcessorList
-    sampled: bool
+    chooser: Chooser | None = None
 
     @property
     def wants_logits(self) -> bool:
         """Whether the best token alone does not say what comes next."""
-        return self.sampled or len(self.processors) > 0
+        return self.chooser is not None
 
     @property
     def room(self) -> int:
         """Tokens that may still come."""
         return len(self.ids) - self.length
 
-    def upto(self, guessed: int) -> Int[Tensor, "1 t"]:
+    def upto(self, guessed: int) -> Int[np.ndarray, " t"]:
         """The text and some guessed tokens, where they lie."""
-        return torch.from_numpy(self.ids[None, : self.length + guessed])
+        return self.ids[: self.length + guessed]
 
     def guess(self, count: int) -> list[int]:
         """The tokens behind it."""
@@ -62,14 +76,14 @@ class Text:
 
 
 def prompts(
-    ids: Int[Tensor, "b t"], padding: list[int], processors: LogitsProcessorList, longest: int, *, sampled: bool
+    ids: Sequence[Int[np.ndarray, " t"]], padding: Sequence[int], longest: int, choosers: Sequence[Chooser | None]
 ) -> list[Text]:
     """Texts that are to grow from prompts, to a length."""
-    texts, own = [], of_rows(processors, len(ids))
-    for row, (prompt, hidden) in enumerate(zip(ids.numpy(), padding, strict=True)):
+    texts = []
+    for row, (prompt, hidden, chooser) in enumerate(zip(ids, padding, choosers, strict=True)):
         room = np.empty(longest, dtype=np.int64)
         room[: len(prompt)] = prompt
-        texts.append(Text(row, room, len(prompt), hidden, own[row], sampled))
+        texts.append(Text(row, room, len(prompt), hidden, chooser))
     return texts
 
 
@@ -84,12 +98,8 @@ def lasts(
 
 
 def grow(
-    session: Lowered,
-    texts: list[Text],
-    decode: Callable[[list[Text]], list[int]],
-    ends: "Ends",
-    streamer: BaseStreamer | None,
-) -> list[Int[Tensor, " _"]]:
+    session: Lowered, texts: list[Text], decode: Callable[[list[Text]], list[int]], ends: "Ends", tell: Tell
+) -> list[Int[np.ndarray, " _"]]:
     """Texts as they end; those that have ended wait for nobody.
 
     Args:
@@ -97,35 +107,36 @@ def grow(
         texts: Prompts.
         decode: Lets each text grow, by one token at least and no further than it has room; by how many it did.
         ends: Asked after every token.
-        streamer: Gets tokens as they stand.
+        tell: Gets tokens as they stand.
     """
     going, new = texts, [1] * len(texts)
     for text in texts:
         step = session.prefill(text.ids[text.padding : text.length], text.row, logits=text.wants_logits)
-        text.append([choice(session, step, 0, text, 0)])
-    while going := [text for text, count in zip(going, new, strict=True) if not ends.within(text, count, streamer)]:
+        text.append([choice(step, 0, text, 0)])
+    while going := [text for text, count in zip(going, new, strict=True) if not ends.within(text, count, tell)]:
         new = decode(going)
-    if streamer is not None:
-        streamer.end()
-    return [text.upto(0)[0] for text in texts]
+    return [text.upto(0) for text in texts]
 
 
+@dataclass(frozen=True)
 class Ends:
-    """Stopping criteria, of which the two that nearly always are there are asked without tensors."""
+    """When a text ends.
 
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
-        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.length = min(lengths, default=sys.maxsize)
-        self.tokens = {id for c in criteria if type(c) is EosTokenCriteria for id in c.eos_token_id.tolist()}
-        known = (MaxLengthCriteria, EosTokenCriteria)
-        self.others = StoppingCriteriaList([c for c in criteria if type(c) not in known])
+    Args:
+        length: Tokens of the longest one, prompt and padding included.
+        tokens: That end it.
+        others: What else may; asked with the text as it stands.
+    """
 
-    def within(self, text: Text, new: int, streamer: BaseStreamer | None) -> bool:
+    length: int
+    tokens: frozenset[int]
+    others: Callable[[Int[np.ndarray, " t"]], bool] | None = None
+
+    def within(self, text: Text, new: int, tell: Tell) -> bool:
         """Whether one of a text's last tokens ends it; what comes after that one goes."""
         for length in range(text.length - new + 1, text.length + 1):
             text.length = length
-            if streamer is not None:
-                streamer.put(text.upto(0)[0, -1:])
+            tell(int(text.ids[length - 1]))
             if self.after(text):
                 return True
         return False
@@ -134,28 +145,12 @@ class Ends:
         """Whether its last token ends it."""
         if text.length >= self.length or int(text.ids[text.length - 1]) in self.tokens:
             return True
-        return len(self.others) > 0 and bool(self.others(text.upto(0), None)[0])  # pyright: ignore[reportArgumentType] as transformers does
+        return self.others is not None and self.others(text.upto(0))
 
 
-def choice(session: Lowered, step: Step, at: int, text: Text, guessed: int) -> int:
+def choice(step: Step, at: int, text: Text, guessed: int) -> int:
     """The token after a text and some guessed ones, out of place `at` of a call."""
-    if step.logits is None:
+    if text.chooser is None:
         return int(step.best[at])
-    return int(choose(session, text.upto(guessed), step.logits[at : at + 1], text.processors, sampled=text.sampled))
-
-
-def choose(
-    session: Lowered,
-    ids: Int[Tensor, "b t"],
-    logits: Float[Tensor, "b v"],
-    processors: LogitsProcessorList,
-    *,
-    sampled: bool,
-) -> Int[Tensor, " b"]:
-    """The next token of each sequence, as transformers chooses it; drawn by torch's global generator."""
-    scores = processors(ids, logits)
-    if not sampled:
-        return scores.argmax(dim=-1)
-    chances = torch.rand(len(scores), dtype=torch.float64).tolist()
-    draw, rows = extension().draw, scores.float().numpy()
-    return torch.tensor([draw(session.kernels, row, chance) for row, chance in zip(rows, chances, strict=True)])
+    assert step.logits is not None  # as `wants_logits` says
+    return text.chooser.choose(text.upto(guessed), step.logits[at])

@@ -44,6 +44,19 @@ class Acceptance:
         parts = {"draft": self.draft_s, "verify": self.verify_s, "plain": self.plain_s}
         return {f"{name}_time_share": part / whole if whole else None for name, part in parts.items()}
 
+    def facts(self) -> dict[str, float | None]:
+        """Counts and shares by name, as the command line gives them."""
+        return {
+            "accepted_share": self.accepted_share,
+            "tokens_per_verify": self.tokens_per_verify,
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+            "verifies": self.verifies,
+            "plain_steps": self.plain_steps,
+            "reread_tokens": self.repeated,
+            **self.time_shares,
+        }
+
     def clear(self) -> None:
         """Back to nothing, in place."""
         for field in fields(self):

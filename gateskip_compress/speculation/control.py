@@ -14,16 +14,15 @@ or its distribution where it is sampled: it looks at tokens before the one in qu
 
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Literal
 
-from transformers import PreTrainedModel
-
-from ..gating.dial import dial_of
+from ..gating.dial import Dial
 from .acceptance import Acceptance
-from .transform import SelfSpeculation
+
+Drafts = Literal["both", "gates", "look-up"]
 
 _PATIENCE = 64
 """Tokens after which a plain step renews the yardstick."""
@@ -31,6 +30,10 @@ _FIRST_LOSS, _LOSS = 0.5, 0.01
 _KEEP_ROUND, _KEEP_VERIFY, _KEEP_ODDS = 0.8, 0.97, 0.99
 """What a new observation leaves of the older ones' weight."""
 _TRIALS = 2
+NO_GATES = "no gates to draft with: passages of the text are looked up alone"
+DRAFT_TOKENS = 8
+"""The longest draft, where nobody says otherwise."""
+_APART = 0.05
 
 
 @dataclass
@@ -139,6 +142,12 @@ class Control:
         self.odds, self.verify = Odds(), VerifyCost()
         self.tokens = self.since_plain = 0.0
         self._plain: deque[float] = deque(maxlen=15)
+
+    @classmethod
+    def over(cls, drafts: Drafts, budgets: Sequence[float], most_tokens: int, *, adapt: bool) -> "Control":
+        """One that has passages, gates at some budgets, or both to choose from."""
+        looking = [Drafter(None)] if drafts != "gates" else []
+        return cls([*looking, *map(Drafter, budgets)], most_tokens, adapt=adapt)
 
     @property
     def plain_s(self) -> float:
@@ -251,24 +260,30 @@ class Control:
         drafter.steps = _KEEP_ROUND * drafter.steps + steps
 
 
-def control_of(
-    model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, sampled: bool, runtime: str = "torch"
-) -> Control:
-    """What the model's earlier texts taught, greedy ones or sampled ones, for as many rows at the same settings.
+def draft_budgets(dial: Dial, own: Dial, given: float | None) -> list[float]:
+    """Budgets that gates are to draft at.
 
-    It stays with the model.
+    Args:
+        dial: Of the gates that verify.
+        own: Of those that draft, which may be the same.
+        given: The only one; None is up to three that were calibrated below the verifier's.
+
+    Raises:
+        ValueError: there is none below the budget that verifies, or the gates cannot go so low.
     """
-    gated = settings.drafts != "look-up"
-    budgets = tuple(settings.budgets(model)) if gated else ()
-    key = (settings, budgets, dial_of(model).budget if gated else None, rows, sampled, runtime)
-    known: dict[Any, Control] | None = getattr(model, "speculation_controls", None)
-    if known is None:
-        known = model.speculation_controls = {}
-    if key not in known:
-        looking = [Drafter(None)] if settings.drafts != "gates" else []
-        drafters = [*looking, *map(Drafter, budgets)]
-        known[key] = Control(drafters, settings.draft_tokens, adapt=settings.adapt)
-    return known[key]
+    if given is not None:
+        if given >= dial.budget:
+            raise ValueError(f"draft_budget {given} must be below the budget that verifies, {dial.budget}")
+        own.thresholds_of(given)
+        return [given]
+    below = [setting.budget for setting in dial.table if setting.budget < dial.budget - _APART]
+    if not below:
+        raise ValueError(
+            f"no budget was calibrated more than {_APART} below {dial.budget}, which the model runs at: "
+            "use drafts='look-up'"
+        )
+    # the first costs nearly what plain steps do, the last is rarely right
+    return below if len(below) < 4 else [below[len(below) * quarter // 4] for quarter in (1, 2, 3)]
 
 
 def take_in(

@@ -29,14 +29,15 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from ..gating.dial import branch_index, budget, decisions, dial_of, drafting, is_gated
+from ..gating.turning import branch_index, budget, decisions, dial_of, drafting, is_gated
 from .accept import stand_by_chance, stand_greedily
 from .acceptance import Acceptance
-from .control import Clock, Control, Drafter, control_of, take_in
-from .draft import Draft, draft_by_gates, draft_passages, look_up
+from .control import Clock, Control, Drafter, take_in
+from .draft import Draft, draft_by_gates, draft_passages
+from .lookup import look_up
 from .rows import Rows
 from .scores import check_processors, of_rows, processed
-from .transform import settings_of
+from .transform import control_of, settings_of
 
 TIE, GATE_TIE = 32, 8
 """How near the first two scores count as tied, in float32's epsilons of the largest logit; and how near a gate's score

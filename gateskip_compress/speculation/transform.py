@@ -1,18 +1,18 @@
 """The SelfSpeculation step: how the model decodes from now on, and gates of its own to draft with, if asked."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from transformers import PreTrainedModel
 
-from ..gating.dial import Dial, dial_of, drafting, is_gated
+from ..gating.dial import Dial
 from ..gating.fit import Gates
 from ..gating.transform import GateSkip, put_in_draft
+from ..gating.turning import dial_of, drafting, is_gated
 from ..model import blocks
 from ..names import check_choice
 from ..step import Context, Record, Stage
-
-Drafts = Literal["both", "gates", "look-up"]
+from .control import DRAFT_TOKENS, Control, Drafts, draft_budgets
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SelfSpeculation:
     stage: ClassVar[Stage] = Stage.DECODE
 
     draft_budget: float | None = None
-    draft_tokens: int = 8
+    draft_tokens: int = DRAFT_TOKENS
     drafts: Drafts = "both"
     adapt: bool = True
     gates: GateSkip | None = None
@@ -104,25 +104,12 @@ class SelfSpeculation:
         """Budgets that gates are to draft at.
 
         Raises:
-            ValueError: there is none below the budget that the model runs at.
+            ValueError: as `draft_budgets` says.
             UnsupportedModel: the model has no gates.
         """
-        dial = dial_of(model)
-        given = self.gates.budget if self.gates is not None else self.draft_budget
-        if given is not None:
-            if given >= dial.budget:
-                raise ValueError(f"draft_budget {given} must be below the budget that verifies, {dial.budget}")
-            with drafting(model):
-                dial_of(model).thresholds_of(given)  # raises where the gates cannot go so low
-            return [given]
-        below = [setting.budget for setting in dial.table if setting.budget < dial.budget - _APART]
-        if not below:
-            raise ValueError(
-                f"no budget was calibrated more than {_APART} below {dial.budget}, which the model runs at: "
-                "use drafts='look-up'"
-            )
-        # the first costs nearly what plain steps do, the last is rarely right
-        return below if len(below) < 4 else [below[len(below) * quarter // 4] for quarter in (1, 2, 3)]
+        dial, given = dial_of(model), self.gates.budget if self.gates is not None else self.draft_budget
+        with drafting(model):
+            return draft_budgets(dial, dial_of(model), given)
 
 
 def settings_of(model: PreTrainedModel, given: dict[str, Any]) -> SelfSpeculation:
@@ -133,4 +120,19 @@ def settings_of(model: PreTrainedModel, given: dict[str, Any]) -> SelfSpeculatio
     return replace(step, **{name: value for name, value in given.items() if value is not None})
 
 
-_APART = 0.05
+def control_of(
+    model: PreTrainedModel, settings: SelfSpeculation, rows: int, *, sampled: bool, runtime: str = "torch"
+) -> Control:
+    """What the model's earlier texts taught, greedy ones or sampled ones, for as many rows at the same settings.
+
+    It stays with the model.
+    """
+    gated = settings.drafts != "look-up"
+    budgets = tuple(settings.budgets(model)) if gated else ()
+    key = (settings, budgets, dial_of(model).budget if gated else None, rows, sampled, runtime)
+    known: dict[Any, Control] | None = getattr(model, "speculation_controls", None)
+    if known is None:
+        known = model.speculation_controls = {}
+    if key not in known:
+        known[key] = Control.over(settings.drafts, budgets, settings.draft_tokens, adapt=settings.adapt)
+    return known[key]

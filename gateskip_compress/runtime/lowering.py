@@ -9,19 +9,21 @@ the length of the text, windows narrower than the context.
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import manifest_of
 from ..errors import UnsupportedModel
 from ..gating.block import GatedBlock
-from ..measure import cores
 from ..model import NoMlp, blocks, family_of
 from ..names import check_choice
-from .extension import extension
-from .pack import Floats, Head, Packer, is_coded, table, vector, vocabulary_size
-from .packed import PackedFile
+from ..processor import checked_threads
+from ..text import chat_prompt
+from .blueprint import Blueprint, Builder
+from .extension import extension, fitting_kernels
+from .pack import Floats, Head, Packer, is_coded
+from .packed import Packed, PackedFile, Sample
+from .prompt import SAMPLE
 from .release import check_weights, free, own_what_is_left, refuse_without_weights
 from .session import Session
 
@@ -47,7 +49,7 @@ def lower(
     """Pack a model's weights for the native runtime.
 
     Args:
-        model: Of a known family, compressed or not; the session reads its dial, and its embedding where that is float.
+        model: Of a known family, compressed or not; the session reads its dial.
         context_tokens: Positions of the cache: most tokens of a prompt and its continuation.
         rows: Sequences that decode together at most.
         threads: None is one for each core.
@@ -70,7 +72,7 @@ def lower(
             has its weights.
         ValueError: an argument is out of its range.
     """
-    native = extension()
+    extension()
     for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Cache)):
         check_choice(name, value, get_args(known))
     check_weights(model)
@@ -78,37 +80,85 @@ def lower(
     if context_tokens < 1 or rows < 1:
         raise ValueError(f"context_tokens {context_tokens} and rows {rows} must be at least 1")
     check_choice("activation_bits", activation_bits, (8, 16))
-    used = _checked_threads(threads)
-    shape = _shape(native.Shape(), model, context_tokens, rows)
-    shape.element, shape.fine = cache, activation_bits == 16
-    fitting = _fitting(native, kernels, shape.head_dim)
-    file = PackedFile() if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
-    pack = Packer(fitting, floats, file)
-    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
-    shape.inner = pack.widest
-    if release:  # not before: a block may still be refused, and torch then runs the model
-        for block in blocks(model):
-            free(block)
-        own_what_is_left(model)
-    output = pack.head(model.get_output_embeddings(), head)
-    quick = pack.quick_head(model.get_output_embeddings(), output)
-    embedding = pack.embedding(model.get_input_embeddings(), model.get_output_embeddings(), output)
-    file.keep()
-    cos, sin = _rope(model, context_tokens)
-    shape.rotated = cos.shape[1]
-    exact = None if quick is None else output
-    if head == "int8" and not is_coded(model.get_output_embeddings()):
-        exact = table(model.get_output_embeddings())
-    built = native.Model(shape, pack.kernels, used)
-    norm = model.model.norm.weight
-    built.finish(layers, vector(norm), output, quick, embedding, exact, cos.numpy(), sin.numpy(), pack.held)
+    used, fitting = checked_threads(threads), fitting_kernels(blocks(model)[0].self_attn.head_dim, kernels)
+    file = None if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
+    found = None if file is None else file.read()
+    if found is None:
+        packer = Packer(fitting, floats)
+        found = Packed(draw_up(model, packer, head, release=release), packer.arrays, sample_of(model))
+        if file is not None:
+            file.write(found)
     if release:
-        for vocabulary in (model.get_output_embeddings(), model.get_input_embeddings()):
-            if is_coded(vocabulary):
-                free(vocabulary)
-        refuse_without_weights(model)
-    drafts = any("draft_gates" in block._modules for block in blocks(model))
-    return Session(model, built, context_tokens, rows, pack.kernels, pack.bytes_per_token, drafts)
+        _release(model)
+    built = Builder(found.plan, found.arrays, fitting).model(
+        context_tokens=context_tokens, rows=rows, threads=used, cache=cache, fine=activation_bits == 16
+    )
+    return Session(
+        native=built,
+        context_tokens=context_tokens,
+        rows=rows,
+        kernels=fitting,
+        vocabulary=found.plan["sizes"]["vocabulary"],
+        bytes_per_token=found.plan["bytes_per_token"],
+        drafts=found.plan["drafts"],
+        model=model,
+    )
+
+
+def draw_up(model: PreTrainedModel, pack: Packer, head: Head, *, release: bool) -> Blueprint:
+    """A model's blueprint; its arrays are the packer's. `release` frees blocks as soon as they are packed."""
+    config: Any = model.config
+    attention: Any = blocks(model)[0].self_attn
+    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
+    if release:  # not before: a block may still be refused, and torch then runs the model
+        _free_blocks(model)
+    entries: Any = model.get_output_embeddings()
+    output = pack.head(entries, head)
+    quick = pack.quick_head(entries, output)
+    embedding = pack.embedding(model.get_input_embeddings(), entries, output)
+    exact = None if quick is None else output
+    if head == "int8" and not is_coded(entries):
+        exact = embedding if embedding_is_head(model) else pack.table("exact_head", entries)
+    rotary: Any = model.model.rotary_emb
+    windows = [window for block in blocks(model) if (window := _window(config, block)) is not None]
+    return {
+        "sizes": {
+            "width": config.hidden_size,
+            "head_dim": attention.head_dim,
+            "heads": attention.q_proj.out_features // attention.head_dim,
+            "kv_heads": attention.k_proj.out_features // attention.head_dim,
+            "vocabulary": entries.out_features,
+            "inner": pack.widest,
+        },
+        "eps": config.rms_norm_eps,
+        "scale": attention.scaling,
+        "layers": layers,
+        "norm": pack.vector("norm", model.model.norm.weight),
+        "head": output,
+        "quick_head": quick,
+        "embedding": embedding,
+        "exact_head": exact,
+        "frequencies": pack.vector("frequencies", rotary.inv_freq),
+        "rope_scale": float(rotary.attention_scaling),
+        "window": min(windows, default=None),
+        "bytes_per_token": pack.bytes_per_token,
+        "drafts": any("draft_gates" in block._modules for block in blocks(model)),
+    }
+
+
+def _free_blocks(model: PreTrainedModel) -> None:
+    """Free the matrices of blocks, and the file that the rest is mapped from."""
+    for block in blocks(model):
+        free(block)
+    own_what_is_left(model)
+
+
+def _release(model: PreTrainedModel) -> None:
+    """Free what the session holds, or has packed."""
+    for vocabulary in (model.get_output_embeddings(), model.get_input_embeddings()):
+        free(vocabulary)
+    _free_blocks(model)
+    refuse_without_weights(model)
 
 
 def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
@@ -172,38 +222,17 @@ def _copies(block: nn.Module) -> bool:
     return bool(getattr(block, "copies", False))
 
 
-def _shape(shape: Any, model: PreTrainedModel, context_tokens: int, rows: int) -> Any:
-    config: Any = model.config
-    attention: Any = blocks(model)[0].self_attn
-    shape.width, shape.head_dim = config.hidden_size, attention.head_dim
-    shape.heads = attention.q_proj.out_features // attention.head_dim
-    shape.kv_heads = attention.k_proj.out_features // attention.head_dim
-    shape.vocabulary = vocabulary_size(model)
-    shape.eps, shape.scale = config.rms_norm_eps, attention.scaling
-    shape.context, shape.rows = context_tokens, rows
-    return shape
+def sample_of(model: PreTrainedModel) -> Sample | None:
+    """What the tokenizer that a compressed model carries makes of `prompt.SAMPLE`."""
+    manifest = manifest_of(model)
+    if manifest is None or manifest.tokenizer is None:
+        return None
+    ids = chat_prompt(manifest.tokenizer, SAMPLE)[0].tolist()
+    return {"ids": ids, "text": str(manifest.tokenizer.decode(ids, skip_special_tokens=True))}
 
 
-def _fitting(native: Any, asked: str | None, head_dim: int) -> str:
-    """The kernels asked for, or the fastest whose vectors fit into a head."""
-    usable = dict(native.kernels())
-    if asked is not None:
-        check_choice("kernels", asked, tuple(usable))
-    fitting = [name for name, lanes in usable.items() if head_dim % lanes == 0 and asked in (None, name)]
-    if not fitting:
-        raise UnsupportedModel(f"head width {head_dim} is no multiple of what kernels {asked or 'here'} take at once")
-    return fitting[0]
-
-
-def _checked_threads(threads: int | None) -> int:
-    if threads is not None and not 1 <= threads <= cores():
-        raise ValueError(f"threads {threads} must be from 1 to {cores()}, the cores here: more wait for each other")
-    return cores() if threads is None else threads
-
-
-def _rope(model: PreTrainedModel, context_tokens: int) -> tuple[Float[Tensor, "t r"], Float[Tensor, "t r"]]:
-    """Cosines and sines of each position, from the model's own module."""
-    places = torch.arange(context_tokens)[None]
-    with torch.no_grad():
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), places)
-    return cos[0].float().contiguous(), sin[0].float().contiguous()
+def embedding_is_head(model: PreTrainedModel) -> bool:
+    """Whether the two are one float matrix."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    return getattr(embedding, "weight", None) is head.weight

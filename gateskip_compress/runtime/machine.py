@@ -5,10 +5,8 @@ import sys
 from shutil import which
 from typing import Any
 
-import torch
-
 from ..errors import RuntimeUnavailable
-from ..measure import cores, device_name
+from ..processor import cores, processor_name
 from .extension import extension
 
 _READ_MEGABYTES = 256
@@ -18,7 +16,7 @@ _READ_MEGABYTES = 256
 def doctor() -> dict[str, Any]:
     """Processor, kernels, compiler, cores, and how fast memory is read, by one thread and by one on each core."""
     facts: dict[str, Any] = {
-        "processor": device_name(torch.device("cpu")),
+        "processor": processor_name(),
         "architecture": platform.machine(),
         "cores": cores(),
         "python": sys.version.split()[0],

@@ -1,0 +1,89 @@
+"""How transformers chooses tokens, and when it stops, for texts that grow in a session."""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from ..speculation.scores import of_rows
+from .extension import extension
+from .lowered import Lowered
+from .texts import Chooser, Ends
+
+
+@dataclass(frozen=True)
+class Processed(Chooser):
+    """Chooses a text's tokens after its logits processors, which know them by their place in the whole vocabulary.
+
+    Args:
+        session: For its kernels.
+        processors: The text's own, applied alike to every choice.
+        sampled: Tokens are drawn, by torch's global generator; else the best are taken.
+    """
+
+    session: Lowered
+    processors: LogitsProcessorList
+    sampled: bool
+
+    @property
+    def processes(self) -> bool:
+        """Whether there are any."""
+        return len(self.processors) > 0
+
+    def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
+        """The token after a text."""
+        rows = torch.from_numpy(ids[None]), torch.from_numpy(logits[None])
+        return int(choose(self.session, *rows, self.processors, sampled=self.sampled))
+
+    def likeliest(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " u"]) -> tuple[int, float]:
+        """A draft's best token, out of the first entries of the vocabulary, and its share of the softmax."""
+        beyond = (0, self.session.vocabulary - len(logits))
+        scores = self.processors(
+            torch.from_numpy(ids[None]), F.pad(torch.from_numpy(logits[None]), beyond, value=-torch.inf)
+        )
+        top = scores.softmax(dim=-1)[0].max(dim=-1)
+        return int(top.indices), float(top.values.nan_to_num(0.0))
+
+
+def choosers(
+    session: Lowered, processors: LogitsProcessorList, rows: int, *, sampled: bool
+) -> list[Processed] | list[None]:
+    """One for each text; None where the best token is taken as it is."""
+    if not sampled and not processors:
+        return [None] * rows
+    return [Processed(session, own, sampled) for own in of_rows(processors, rows)]
+
+
+def ends_of(criteria: StoppingCriteriaList) -> Ends:
+    """Stopping criteria, of which the two that nearly always are there are asked without tensors."""
+    lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    tokens = frozenset(id for c in criteria if type(c) is EosTokenCriteria for id in c.eos_token_id.tolist())
+    others = StoppingCriteriaList([c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)])
+
+    def asked(ids: Int[np.ndarray, " t"]) -> bool:
+        return bool(others(torch.from_numpy(ids[None]), None)[0])  # pyright: ignore[reportArgumentType] as transformers does
+
+    return Ends(min(lengths, default=sys.maxsize), tokens, asked if others else None)
+
+
+def choose(
+    session: Lowered,
+    ids: Int[Tensor, "b t"],
+    logits: Float[Tensor, "b v"],
+    processors: LogitsProcessorList,
+    *,
+    sampled: bool,
+) -> Int[Tensor, " b"]:
+    """The next token of each sequence, as transformers chooses it; drawn by torch's global generator."""
+    scores = processors(ids, logits)
+    if not sampled:
+        return scores.argmax(dim=-1)
+    chances = torch.rand(len(scores), dtype=torch.float64).tolist()
+    draw, rows = extension().draw, scores.float().numpy()
+    return torch.tensor([draw(session.kernels, row, chance) for row, chance in zip(rows, chances, strict=True)])
