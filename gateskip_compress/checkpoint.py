@@ -23,8 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
 from .folders import written_whole
-from .late import METHOD
-from .manifest import FORMAT, MANIFEST, checked_manifest, file_sha256
+from .manifest import FORMAT, MANIFEST, METHOD, checked_manifest, file_sha256
 from .model import keep_softcap
 from .step import Stage, Transform
 from .transforms import build

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-METHOD = "gateskip"
-"""How config.json names what transformers is to load by us."""
+from .manifest import METHOD
+
 _TABLES = "transformers.quantizers.auto"
 
 

@@ -10,6 +10,8 @@ from .errors import CheckpointError
 
 MANIFEST = "gateskip.json"
 FORMAT = 1
+METHOD = "gateskip"
+"""How config.json names what transformers is to load by us."""
 
 
 def manifest_content(folder: Path) -> dict[str, Any]:
