@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import compress, tiny, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 import gateskip_compress as g
 from gateskip_compress import jobs, runtime
@@ -245,3 +246,15 @@ def test_words_are_shown_when_they_are_whole():
     assert pieces == ["w5 ", "w6 "]
     printer.end()
     assert pieces == ["w5 ", "w6 ", "w7", "\n"]
+
+
+def test_characters_of_writing_without_spaces_are_shown_at_once():
+    tokenizer = Tokenizer(models.BPE({"漢": 0, "字": 1, "\ufffd": 2, "a": 3}, []))
+    tokenizer.decoder = decoders.Fuse()
+    pieces = []
+    printer = Printer(Words(tokenizer, None), pieces.append)
+    for token in (0, 1, 2, 3):
+        printer.add(token)
+    assert pieces == ["漢", "字"]
+    printer.end()
+    assert pieces == ["漢", "字", "\ufffda", "\n"]
