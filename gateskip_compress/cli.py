@@ -215,14 +215,15 @@ def generate(
     from .runtime.ready import generate_ready, is_for
 
     asked: dict[str, Any] = {"new_tokens": new_tokens, "budget": budget, "speculate": speculate}
+    asked |= {"temperature": temperature, "seed": seed}
     found = None
-    if temperature == 0 and not unpack and is_for(runtime, device):
+    if not unpack and is_for(runtime, device):
         found = generate_ready(model, prompt, **asked, put=None if as_json else _put, tell=problems.print)
     if found is None:
         from .jobs import generate as write
 
-        how = {"temperature": temperature, "seed": seed, "unpack": unpack, "runtime": runtime, "device": device}
-        found = write(model, prompt, **asked, **how, keep=True, stream=not as_json, tell=problems.print)
+        how = {"unpack": unpack, "runtime": runtime, "device": device, "stream": not as_json}
+        found = write(model, prompt, **asked, **how, keep=True, tell=problems.print)
     result, counts = found
     if as_json:
         _show(result, as_json)

@@ -33,7 +33,7 @@ STACKS = {
     "pruned": (g.Prune(blocks=1),),
     "codes, head and embedding too": (g.Quantize(group_size=32, bits_of={"embed_tokens": 8}),),
 }
-HOW = {"new_tokens": 12, "budget": None, "speculate": False}
+HOW = {"new_tokens": 12, "budget": None, "speculate": False, "temperature": 0.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,16 @@ def test_ready_checkpoints_speculate_as_their_step_says(saved, stack):
     assert found["plain_steps"] == counts.plain_steps
     assert counts.plain_steps + counts.verifies > 0
     assert len(told) == (stack in ("pruned", "codes, head and embedding too"))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_ready_checkpoints_draw_what_torch_draws(saved, temperature, speculate):
+    folder = saved("gates, codes, speculation")
+    how = {"temperature": temperature, "new_tokens": 40, "speculate": speculate}
+    drawn = [ready(folder, seed=seed, **how)[0]["token_ids"] for seed in (0, 7)]
+    assert drawn == [usual(folder, seed=seed, **how)["token_ids"] for seed in (0, 7)]
+    assert drawn[0] != drawn[1]
 
 
 def test_ready_checkpoints_turn_their_dial(saved):
@@ -163,6 +173,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_left_to_it(saved, tmp_
 def test_budgets_without_gates_and_empty_prompts_are_left_to_it(saved):
     assert ready(saved("pruned"), budget=0.5) is None
     assert ready(saved("pruned"), prompt="") is None
+    assert ready(saved("pruned"), temperature=-1.0) is None
     assert ready("no/such/folder") is None
 
 

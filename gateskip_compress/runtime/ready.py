@@ -1,4 +1,4 @@
-"""A packed checkpoint that writes greedily, without torch and transformers: the first token comes in a moment.
+"""A packed checkpoint that writes without torch and transformers: the first token comes in a moment.
 
 The packed file has the model, the manifest its dials, and tokenizers and jinja2 read what transformers saved of the
 tokenizer. Whatever is not as usual is left to the way through transformers: the text would be the same, the start
@@ -8,6 +8,7 @@ slower.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -27,6 +28,7 @@ from .greedy import Greedy
 from .lowered import Lowered
 from .packed import Packed, PackedFile
 from .prompt import SAMPLE, Printer, Words
+from .sampling import Tempered, draw_round
 from .speculate import Speculator
 from .texts import Ends, grow, prompts
 
@@ -35,10 +37,10 @@ _GENERATION = "generation_config.json"
 _READ = (_GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _PLAIN = {
     *("_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "max_length", "max_new_tokens"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"),
     *("output_attentions", "output_hidden_states"),
 }
-"""What a generation config may say without changing what is the greedy continuation."""
+"""What a generation config may say without a say in what is written, as `jobs.generate` asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +67,21 @@ def generate_ready(
     new_tokens: int,
     budget: float | None,
     speculate: bool,
+    temperature: float,
+    seed: int,
     put: Callable[[str], object] | None,
     tell: Callable[[str], object],
 ) -> tuple[dict[str, Any], Acceptance] | None:
-    """What `jobs.generate` would say, greedily; None where only that can.
+    """What `jobs.generate` would say; None where only that can.
 
     Args:
         source: A folder.
-        prompt: As there, like the next three.
+        prompt: As there, like the next five.
         new_tokens: As there.
         budget: As there.
         speculate: As there.
+        temperature: As there.
+        seed: As there.
         put: Gets the text as it comes, in whole words.
         tell: As there.
 
@@ -88,18 +94,19 @@ def generate_ready(
         session = checkpoint.session(len(ids) + new_tokens)
     except (GateSkipError, OSError, ValueError, KeyError, TypeError, TemplateError):  # told by the other way
         return None
-    if not ids or new_tokens < 1 or (budget is not None and session.gates is None):
+    if not ids or new_tokens < 1 or temperature < 0 or (budget is not None and session.gates is None):
         return None
     if budget is not None and session.gates is not None:
         session.gates.set(budget)
     ends, counts = Ends(len(ids) + new_tokens, checkpoint.ends()), Acceptance()
     greedy = Greedy(session, ends)
-    decode = greedy.round
+    chooser = Tempered(session, temperature, seed) if temperature > 0 else None
+    decode = greedy.round if chooser is None else partial(draw_round, session)
     if speculate:
         if session.gates is None:
             tell(NO_GATES)
         decode = Speculator(greedy, _control(checkpoint, session), counts).round
-    texts = prompts([np.array(ids)], [0], len(ids) + new_tokens, [None])
+    texts = prompts([np.array(ids)], [0], len(ids) + new_tokens, [chooser])
     printer = None if put is None else Printer(checkpoint.words, put)
     (text,) = grow(session, texts, decode, ends, printer.add if printer else lambda _: None)
     if printer:
