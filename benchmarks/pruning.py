@@ -41,8 +41,8 @@ from gateskip_compress.text import Passage, passages
 METHODS: dict[str, dict[str, Any]] = {
     "blocks by influence": dict(cut="blocks"),
     "blocks by perplexity": dict(cut="blocks", by="perplexity"),
-    "branches by influence": dict(cut="branches"),
-    "branches by perplexity": dict(cut="branches", by="perplexity"),
+    "branches by influence": dict(cut="branches", by="influence"),
+    "branches by perplexity": dict(cut="branches"),
     "branches by gates": dict(cut="branches", by="gates"),
     "width by magnitude, uniform": dict(by="magnitude"),
     "width by activation, uniform": dict(by="activation"),

@@ -39,7 +39,7 @@ Of = Literal["parameters", "macs", "bytes"]
 Shape = Literal["uniform", "uneven"]
 SCORES: dict[Cut, tuple[By, ...]] = {
     "blocks": ("influence", "perplexity", "gates"),
-    "branches": ("influence", "perplexity", "gates", "second_order"),
+    "branches": ("perplexity", "gates", "influence", "second_order"),
     "width": ("second_order", "activation", "magnitude"),
     "attention": ("second_order", "activation", "magnitude"),
     "channels": ("second_order", "activation", "magnitude"),
@@ -64,7 +64,8 @@ class Prune:
         cut: `blocks`; `branches`, attention or an MLP as a whole; `attention`, by KV groups, whose query heads go
             along; `channels` of MLPs; or `width`, both of these.
         by: Score, see `score.py`; None is the default for what is cut, the first in `SCORES`. `gates` reads those that
-            a GateSkip step fitted, and leaves their surrogates in the place of the branches.
+            a GateSkip step fitted, and leaves their surrogates in the place of the branches. Branches by `influence`
+            ruin SmolLM2-135M: it takes eight MLPs, most of them neighbours, each of which alone would be missed little.
         shape: `uniform` widths, which leave a plain Hugging Face model; or `uneven` ones, cut where the score says that
             the least is lost, for which the model loads through this package: by `second_order`, a fifth of
             SmolLM2-135M's blocks costs a tenth less perplexity so. None is uniform, but uneven for branches.
