@@ -444,7 +444,8 @@ def render_report(folder: Path, goal: Goals = None) -> None:
 
 def main() -> None:
     """Run the command; errors of ours, wrong arguments and Ctrl-C end in one line and exit code 2."""
-    os.environ |= _QUIET
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except (GateSkipError, ValueError) as error:
