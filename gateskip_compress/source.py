@@ -131,6 +131,6 @@ def _embedded() -> Path:
 
 
 def quiet_transformers() -> None:
-    """Silence transformers' own progress bars and advice; for the command line."""
+    """Silence transformers' own progress bars and advice, where it is imported already."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -174,6 +174,7 @@ def test_budgets_without_gates_and_empty_prompts_are_left_to_it(saved):
     assert ready(saved("pruned"), budget=0.5) is None
     assert ready(saved("pruned"), prompt="") is None
     assert ready(saved("pruned"), temperature=-1.0) is None
+    assert ready(saved("pruned"), temperature=1.0, seed=-1) is None
     assert ready("no/such/folder") is None
 
 

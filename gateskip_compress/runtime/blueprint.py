@@ -59,8 +59,8 @@ class LayerPlan(TypedDict):
 class Blueprint(TypedDict):
     """A model.
 
-    `table` is a float matrix by its array's name, or one of codes. `window` is how far back its shortest attention
-    reaches, None being all the way.
+    `embedding` and `exact_head` are float matrices by their arrays' names, or matrices of codes. `window` is how far
+    back its shortest attention reaches, None being all the way.
     """
 
     sizes: dict[str, int]

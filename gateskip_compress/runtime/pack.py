@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..gating.gate import Gate
@@ -182,9 +181,3 @@ class Packer:
         """A small parameter, float32."""
         self.arrays[name] = parameter.detach().float().flatten().clone().numpy()
         return name
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the output head knows; its weight, which may have to be dequantized, is not looked at."""
-    head: Any = model.get_output_embeddings()
-    return head.out_features

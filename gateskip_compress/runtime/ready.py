@@ -28,7 +28,7 @@ from .greedy import Greedy
 from .lowered import Lowered
 from .packed import Packed, PackedFile
 from .prompt import SAMPLE, Printer, Words
-from .sampling import Tempered, draw_round
+from .sampling import SEEDS, Tempered, draw_round
 from .speculate import Speculator
 from .texts import Ends, grow, prompts
 
@@ -94,11 +94,13 @@ def generate_ready(
         session = checkpoint.session(len(ids) + new_tokens)
     except (GateSkipError, OSError, ValueError, KeyError, TypeError, TemplateError):  # told by the other way
         return None
-    if not ids or new_tokens < 1 or temperature < 0 or (budget is not None and session.gates is None):
+    if not ids or new_tokens < 1 or (budget is not None and session.gates is None):
+        return None
+    if temperature < 0 or not 0 <= seed < SEEDS:  # torch takes other seeds too
         return None
     if budget is not None and session.gates is not None:
         session.gates.set(budget)
-    ends, counts = Ends(len(ids) + new_tokens, checkpoint.ends()), Acceptance()
+    ends, counts = Ends(len(ids) + new_tokens, checkpoint.ends), Acceptance()
     greedy = Greedy(session, ends)
     chooser = Tempered(session, temperature, seed) if temperature > 0 else None
     decode = greedy.round if chooser is None else partial(draw_round, session)
@@ -123,10 +125,10 @@ def is_for(runtime: str, device: str) -> bool:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A checkpoint with a packed file that belongs, and nothing unusual."""
+    """A checkpoint with a packed file that belongs, and nothing unusual; `ends` are tokens that end a text."""
 
-    folder: Path
     steps: dict[str, dict[str, Any]]
+    ends: frozenset[int]
     kernels: str
     packed: Packed
     words: Words
@@ -143,15 +145,18 @@ class _Checkpoint:
         content = manifest_content(folder)
         check_files(folder, content, [name for name in _READ if name in content["files"]])
         steps = {step["name"]: step for step in content["steps"]}
-        if not steps.keys() <= _STEPS or not json.loads((folder / _GENERATION).read_text()).keys() <= _PLAIN:
+        generation = json.loads((folder / _GENERATION).read_text())
+        if not steps.keys() <= _STEPS or not generation.keys() <= _PLAIN:
             raise ValueError("something unusual")
+        ends = generation.get("eos_token_id")
+        ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         kernels, packed = _packed(folder)
         words = Words.of(folder)
         if packed.sample is None or words.encode(SAMPLE) != packed.sample["ids"]:
             raise ValueError("another way to encode")
         if words.decode(packed.sample["ids"]) != packed.sample["text"]:
             raise ValueError("another way to decode")
-        return cls(folder, steps, kernels, packed, words)
+        return cls(steps, ends, kernels, packed, words)
 
     def session(self, context_tokens: int) -> Ready:
         """With room for a prompt and its continuation."""
@@ -172,11 +177,6 @@ class _Checkpoint:
             gates=_dial(gates["settings"], gates["record"]) if gates else None,
             draft_gates=_dial(drafts, speculation["record"]["gates"]) if speculation and drafts else None,
         )
-
-    def ends(self) -> frozenset[int]:
-        """Tokens that end a text."""
-        found = json.loads((self.folder / _GENERATION).read_text()).get("eos_token_id")
-        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 def _packed(folder: Path) -> tuple[str, Packed]:

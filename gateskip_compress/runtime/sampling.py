@@ -9,6 +9,9 @@ from .extension import extension
 from .lowered import Lowered
 from .texts import Chooser, Text, choice, lasts
 
+SEEDS = 2**32
+"""That both generators take."""
+
 
 class Tempered(Chooser):
     """Draws a text's tokens by the softmax of its logits over a temperature.
@@ -19,7 +22,7 @@ class Tempered(Chooser):
     Args:
         session: For its kernels.
         temperature: Above 0.
-        seed: From 0 to 2³² - 1.
+        seed: From 0 to below `SEEDS`.
     """
 
     def __init__(self, session: Lowered, temperature: float, seed: int) -> None:
