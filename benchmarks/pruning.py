@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "blocks by perplexity": dict(cut="blocks", by="perplexity"),
     "branches by influence": dict(cut="branches", by="influence"),
     "branches by perplexity": dict(cut="branches"),
+    "branches by curvature": dict(cut="branches", by="second_order"),
     "branches by gates": dict(cut="branches", by="gates"),
     "width by magnitude, uniform": dict(by="magnitude"),
     "width by activation, uniform": dict(by="activation"),

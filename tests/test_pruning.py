@@ -21,8 +21,9 @@ from gateskip_compress.pipeline import apply, start
 from gateskip_compress.pruning.cut import Curve, sizes, uneven, uniform
 from gateskip_compress.pruning.influence import influence
 from gateskip_compress.pruning.moments import RIDGE, damped, refitted
+from gateskip_compress.pruning.perplexity import Tries, log_perplexity
 from gateskip_compress.pruning.refit import narrow_and_refit
-from gateskip_compress.pruning.score import cached_scores, log_perplexity, score
+from gateskip_compress.pruning.score import cached_scores, score
 from gateskip_compress.pruning.trial import corrected, trial
 from gateskip_compress.quality import evaluate
 from gateskip_compress.step import Context
@@ -274,6 +275,28 @@ def test_branches_by_perplexity_are_those_it_is_best_without():
     model.model.layers[2].self_attn.o_proj.weight.data.zero_()
     without = math.log(evaluate(model, windows).perplexity)
     assert found[2, "attention"].after(2) == pytest.approx(without - whole, abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "kv"), [("llama", "copy"), ("gemma3_text", "dense"), ("phi3", "dense")])
+def test_a_try_is_a_whole_pass_of_the_changed_model(family, kv):
+    model = compress(tiny(family), g.GateSkip(budget=0.7, rank=4, kv=kv))
+    tries, windows = Tries(model, CALIBRATION), CALIBRATION
+    assert tries.whole == log_perplexity(model, windows)
+    found = []
+    for layer, block in enumerate(blocks(model)):
+        changed = out_projection(model, layer, "mlp").weight.data
+        kept = changed.clone()
+        changed *= -1
+        found.append(tries.changed(layer))
+        assert found[-1] == log_perplexity(model, windows)
+        changed.copy_(kept)
+        without = tries.without_block(layer)
+        handle = block.register_forward_hook(lambda _m, args, _out: args[0])
+        assert without == log_perplexity(model, windows)
+        handle.remove()
+        found.append(without)
+    assert len({*found, tries.whole}) == len(found) + 1
+    assert tries.changed(0) == tries.whole
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..losses import kl_divergence
 from ..macs import branch_costs
-from ..model import BRANCH_KINDS, blocks, entering, resumed
+from ..model import BRANCH_KINDS, blocks, entering, resumable, resumed
 from ..step import Context
 from .calibrate import everywhere, observe
 from .dial import RUN_ALL
@@ -52,7 +52,7 @@ def weigh(model: PreTrainedModel, context: Context) -> list[float]:
         gate = _gate(model, index // 2, kind)
         saved = max(1, costs[index // 2, kind].kept - gate.replace_macs)
         predicted = (2 * scores[scores <= threshold]).exp().sum().item() * saved / scores.numel()
-        begin, lost = _resumable(model, index // 2), 0.0
+        begin, lost = resumable(model, index // 2), 0.0
         with decisions(model, (*run_all[:index], threshold, *run_all[index + 1 :])):
             for window, stream, reference in zip(windows, streams[begin], original, strict=True):
                 with resumed(model, begin, stream):
@@ -73,11 +73,6 @@ def measured_windows(windows: int, window_tokens: int) -> int:
 
 def _logits(model: PreTrainedModel, window: Int[Tensor, " t"]) -> Float[Tensor, "t v"]:
     return model(window[None], use_cache=False).logits[0].float()
-
-
-def _resumable(model: PreTrainedModel, layer: int) -> int:
-    """The last block up to a layer from which a pass can go on: one that copies needs those below."""
-    return max(at for at, block in enumerate(blocks(model)[: layer + 1]) if not block.copies)
 
 
 def _gate(model: PreTrainedModel, layer: int, kind: str) -> Gate:

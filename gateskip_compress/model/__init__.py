@@ -28,6 +28,7 @@ from .gradients import watch_gradients as watch_gradients
 from .removed import NoMlp as NoMlp
 from .walk import Enough as Enough
 from .walk import entering as entering
+from .walk import resumable as resumable
 from .walk import resumed as resumed
 from .walk import walk as walk
 from .widths import Kept as Kept

@@ -85,7 +85,7 @@ def entering(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
 def resumed(model: PreTrainedModel, index: int, hidden: Tensor) -> Iterator[None]:
     """Calls inside the `with` run no block before the one at `index`, which `hidden` enters.
 
-    A block that copies keys and values from the one below cannot be the first to run.
+    A block that copies keys and values from the one below cannot be the first to run, see `resumable`.
     """
 
     def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -101,6 +101,11 @@ def resumed(model: PreTrainedModel, index: int, hidden: Tensor) -> Iterator[None
         handle.remove()
         for block in idle:
             del block.forward  # the class's own again
+
+
+def resumable(model: PreTrainedModel, layer: int) -> int:
+    """The last block up to a layer from which a pass can go on: one that copies needs those below."""
+    return max(at for at, block in enumerate(blocks(model)[: layer + 1]) if not getattr(block, "copies", False))
 
 
 def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -19,11 +19,11 @@ Activations and magnitudes compare units of one branch; between branches only th
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,6 @@ from ..model import (
     BRANCH_KINDS,
     blocks,
     branch_width,
-    branches,
     linears,
     out_projection,
     rows_of,
@@ -55,6 +54,7 @@ from ..text import fingerprint
 from .cut import Curve, Key, Scores
 from .influence import influence
 from .moments import damped, weighed
+from .perplexity import Tries
 from .trial import TRIAL_TOKENS, corrected, trial
 
 By = Literal["second_order", "activation", "magnitude", "influence", "perplexity", "gates"]
@@ -133,7 +133,7 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
             F.cross_entropy(logits, window[1:], reduction="sum").backward()
     found, tried = {}, {}
     some = windows[: max(1, TRIAL_TOKENS // windows.shape[1])]
-    before = log_perplexity(model, some)
+    tries = Tries(model, some)
     for key, linear in context.track(list(outs.items()), "eliminate and try"):
         width = branch_width(model, *key)
         moments = damped(mirrored(xx.pop(key)) / windows.numel(), windows.numel())
@@ -146,8 +146,8 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
             share=_TOGETHER,
         )
         found[key] = Curve(tuple(gone.order.tolist()), tuple(gone.lost.tolist()))
-        count, after = trial(linear, found[key], width, moments, lambda: log_perplexity(model, some))
-        tried[key] = count, after - before
+        count, after = trial(linear, found[key], width, moments, partial(tries.changed, key[0]))
+        tried[key] = count, after - tries.whole
     return corrected(found, tried)
 
 
@@ -192,12 +192,8 @@ def _whole(model: PreTrainedModel, by: By, windows: Int[Tensor, "n t"], context:
         return gate_scores(model, windows)
     if by == "influence":
         return _branch_influence(model, windows)
-    before, keys = log_perplexity(model, windows), present(model)
-    found = {}
-    for layer, kind in context.track(keys, "leave out branches"):
-        with _left_out(model, layer, kind):
-            found[layer, kind] = log_perplexity(model, windows) - before
-    return found
+    tries, keys = Tries(model, windows), present(model)
+    return {key: tries.without_branch(*key) - tries.whole for key in context.track(keys, "leave out branches")}
 
 
 def _branch_influence(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> dict[Key, float]:
@@ -215,15 +211,6 @@ def _branch_influence(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> di
         for window in windows:
             model(window[None], use_cache=False, logits_to_keep=1)
     return totals
-
-
-@torch.inference_mode()
-def log_perplexity(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> float:
-    """Mean negative log-likelihood of the windows' tokens, in nats."""
-    losses = [
-        F.cross_entropy(model(window[None], use_cache=False).logits[0, :-1].float(), window[1:]) for window in windows
-    ]
-    return float(torch.stack(losses).mean())
 
 
 @torch.inference_mode()
@@ -247,22 +234,6 @@ def gate_scores(model: PreTrainedModel, windows: Int[Tensor, "n t"]) -> dict[Key
             lost = float((2 * decision.movable.float()).exp().mean()) * saved
             found[key] = found.get(key, 0.0) + lost / len(windows)
     return found
-
-
-@contextmanager
-def _left_out(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
-    """A branch adds nothing inside the `with`."""
-    branch = branches(model)[BRANCH_KINDS.index(kind)]
-    last = getattr(blocks(model)[layer], branch.post or branch.body[-1])
-
-    def nothing(_module: nn.Module, _args: object, out: Tensor | tuple[Any, ...]) -> Any:
-        return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
-
-    handle = last.register_forward_hook(nothing)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _write(path: Path, scores: Scores) -> None:

@@ -30,8 +30,9 @@ from ..step import Context, Record, Stage
 from .cut import Key, sizes, uneven, uniform
 from .gates import forget_block, replace_by_surrogate
 from .influence import influence
+from .perplexity import Tries
 from .refit import narrow_and_refit
-from .score import SCORING_TOKENS, By, cached_scores, gate_scores, log_perplexity, present
+from .score import SCORING_TOKENS, By, cached_scores, gate_scores, present
 from .trial import TRIAL_TOKENS
 
 Cut = Literal["blocks", "branches", "width", "attention", "channels"]
@@ -140,10 +141,10 @@ class Prune:
         tokens = min(SCORING_TOKENS[self.scored], calibration_tokens)
         if self.cuts == "blocks":
             count = round((self.share or 0) * layers) if self.blocks is None else self.blocks
-            return count * tokens * (layers if self.scored == "perplexity" else 1)
+            return count * tokens * (layers // 2 + 2 if self.scored == "perplexity" else 1)
         if self.scored == "perplexity":
-            return (2 * layers + 1) * tokens
-        trials = (2 * layers + 1) * min(TRIAL_TOKENS, calibration_tokens)
+            return (layers + 2) * tokens
+        trials = (layers + 2) * min(TRIAL_TOKENS, calibration_tokens)
         return 3 * tokens + trials + 3 * calibration_tokens if self.scored == "second_order" else tokens
 
     def _drop_blocks(self, model: PreTrainedModel, context: Context) -> Record:
@@ -291,21 +292,8 @@ def _block_scores(model: PreTrainedModel, by: By, windows: Int[Tensor, "n t"]) -
                 for layer in range(len(blocks(model)))
             ]
         )
-    return torch.tensor([_without(model, layer, windows) for layer in range(len(blocks(model)))])
-
-
-def _without(model: PreTrainedModel, layer: int, windows: Int[Tensor, "n t"]) -> float:
-    """Log perplexity with a block left out."""
-
-    def pass_by(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-    handle = blocks(model)[layer].register_forward_hook(pass_by, with_kwargs=True)
-    try:
-        return log_perplexity(model, windows)
-    finally:
-        handle.remove()
+    tries = Tries(model, windows)
+    return torch.tensor([tries.without_block(layer) for layer in range(len(blocks(model)))])
 
 
 @torch.inference_mode()
