@@ -5,8 +5,8 @@ token, as a streamer or the peer's own metrics tell it, decode the rest. All con
 that drift of the machine hits all alike; ratios are medians of the turns' own ratios. Not timed: tokenizing; and
 loading, which has a column of its own: from a fresh process, imports included, to the first token, ours with packed
 weights kept beside the checkpoint, as `gateskip generate` starts, and as a session made of a Hugging Face model does.
-Beside tokens/s stand the weights' bytes that a token reads, times tokens/s, as a share of the read bandwidth measured
-in the same run.
+Beside tokens/s stand the bytes that a token reads, weights and kept keys and values, times tokens/s, as a share of the
+read bandwidth measured in the same run.
 
     python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
 
@@ -30,12 +30,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 import gateskip_compress as g
 from gateskip_compress import runtime
 from gateskip_compress.gating.turning import dial_of, is_gated
 from gateskip_compress.measure import environment
+from gateskip_compress.model import blocks, family_of, has_branch, key_value_features
 from gateskip_compress.runtime.extension import extension
 from gateskip_compress.runtime.watch import Times
 from gateskip_compress.speculation.acceptance import Acceptance
@@ -161,16 +162,17 @@ def measure(scratch: Path) -> None:
         for length in given.prompts:
             rows = _measure(contestants, text, length, given.new_tokens, given.batch, given.runs)
             for row in rows:
-                read = session.bytes_per_token if row["contestant"] == "native" else None
-                rate = row["decode_tokens_per_s"]
+                ours, steps = row["contestant"] == "native", row["decode_tokens_per_s"] / given.batch
+                kept = given.batch * (length + given.new_tokens / 2) * position_bytes(session.model)
                 row |= {
                     "batch": given.batch,
                     "prompt_tokens": length,
                     "new_tokens": given.new_tokens,
                     **loads.get(row["contestant"], {"load_s": None}),
                     "read_bytes_per_s": bandwidth,
-                    "weight_bytes_per_token": read,
-                    "roofline_share": rate / given.batch * read / bandwidth if read else None,
+                    "weight_bytes_per_token": session.bytes_per_token if ours else None,
+                    "cache_bytes_per_token": kept if ours else None,
+                    "roofline_share": steps * (session.bytes_per_token + kept) / bandwidth if ours else None,
                     "kernels": session.kernels,
                     "activation_bits": given.activation_bits,
                     "model": Path(given.model).name,
@@ -180,6 +182,13 @@ def measure(scratch: Path) -> None:
                 _print(row)
         for name, reason in absent.items():
             out.write(json.dumps({"benchmark": "decode", "contestant": name, "missing": reason}) + "\n")
+
+
+def position_bytes(model: PreTrainedModel) -> int:
+    """Of a position's keys and values in all blocks, in float16."""
+    family = family_of(model)
+    attending = (block for layer, block in enumerate(blocks(model)) if has_branch(model, layer, "attention"))
+    return sum(2 * key_value_features(family, block) for block in attending)
 
 
 def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[str, Run]:
