@@ -2,7 +2,9 @@
 
 Models are fitted on `windows` and trained on `packed`, documents end to end, and measured on `passages`: a chat by
 itself, where only the answers are scored. (End to end, a chat template's fixed opening comes back every hundred tokens.
-A model recalls it almost for free, and what a perplexity then shows is mostly how well it recalls it.)
+A model recalls it almost for free, and what a perplexity then shows is mostly how well it recalls it.) Where the
+tokenizer begins every text with a token, windows cut out of the middle begin with it too: models taught so are lost
+without it.
 
 A file is .txt (one long text), .json or .jsonl (records). A record is read by its keys, first match wins:
 
@@ -17,11 +19,13 @@ Chats go through the tokenizer's chat template; without one, question and answer
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,15 +46,28 @@ class Passage:
     Args:
         ids: Token ids.
         scored: Tokens whose prediction counts; never the first.
+        opening: What the tokenizer begins every text with, and so what each window of it is to begin with.
     """
 
     ids: Int[Tensor, " t"]
     scored: Bool[Tensor, " t"]
+    opening: int | None = None
 
     @classmethod
-    def whole(cls, ids: Int[Tensor, " t"]) -> "Passage":
+    def whole(cls, ids: Int[Tensor, " t"], opening: int | None = None) -> "Passage":
         """All tokens but the first scored."""
-        return cls(ids, torch.arange(len(ids), device=ids.device) > 0)
+        return cls(ids, torch.arange(len(ids), device=ids.device) > 0, opening)
+
+    def split(self, window_tokens: int) -> Iterator["Passage"]:
+        """In windows, the last one as long as it comes."""
+        begin = 0
+        while begin < len(self.ids):
+            opens = self.opening is not None and window_tokens > 1 and int(self.ids[begin]) != self.opening
+            end = begin + window_tokens - opens
+            ids = F.pad(self.ids[begin:end], (int(opens), 0), value=self.opening or 0)
+            scored = F.pad(self.scored[begin:end], (int(opens), 0), value=False)
+            yield Passage(ids, scored & (torch.arange(len(ids)) > 0), self.opening)
+            begin = end
 
 
 def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
@@ -63,12 +80,15 @@ def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
     Raises:
         CalibrationError: no such file, or nothing in it that we can read.
     """
+    bos = tokenizer.bos_token_id
+    opening = bos if bos is not None and tokenizer("").input_ids[:1] == [bos] else None
     for record in _records(source):
         chat = _chat(record)
         if chat is not None:
-            yield _chat_passage(chat, tokenizer)
+            yield replace(_chat_passage(chat, tokenizer), opening=opening)
         elif isinstance(record.get("text"), str):
-            yield Passage.whole(torch.tensor(tokenizer(record["text"], verbose=False).input_ids, dtype=torch.long))
+            ids = torch.tensor(tokenizer(record["text"], verbose=False).input_ids, dtype=torch.long)
+            yield Passage.whole(ids, opening)
         else:
             raise CalibrationError(
                 f"{source}: a record with keys {', '.join(record)} has no text, messages or question"
@@ -100,13 +120,12 @@ def cut(found: Iterable[Passage], window_tokens: int, most_tokens: int, source: 
     kept: list[Passage] = []
     tokens = 0
     for document in found:
-        for ids, scored in zip(document.ids.split(window_tokens), document.scored.split(window_tokens), strict=True):
-            if tokens + len(ids) > most_tokens:
+        for passage in document.split(window_tokens):
+            if tokens + len(passage.ids) > most_tokens:
                 return _some(kept, source, most_tokens)
-            passage = Passage(ids, scored & (torch.arange(len(ids)) > 0))
             if passage.scored.any():
                 kept.append(passage)
-                tokens += len(ids)
+                tokens += len(passage.ids)
     return _some(kept, source, most_tokens)
 
 
@@ -131,15 +150,14 @@ def windowed(
     found: Iterable[Passage], window_tokens: int, most_tokens: int, source: str = "the text"
 ) -> Int[Tensor, "n t"]:
     """Passages end to end, cut into whole windows; see `windows`."""
-    ids: list[int] = []
+    taken: list[Passage] = []
+    tokens = 0
     for passage in found:
-        ids += passage.ids.tolist()
-        if len(ids) >= most_tokens:
+        taken.append(passage)
+        tokens += len(passage.ids)
+        if tokens >= most_tokens:
             break
-    count = min(len(ids), most_tokens) // window_tokens
-    if count == 0:
-        raise CalibrationError(f"{source} has {len(ids)} tokens, fewer than one window of {window_tokens}")
-    return torch.tensor(ids[: count * window_tokens]).view(count, window_tokens)
+    return torch.stack([window.ids for window in _whole_windows(taken, window_tokens, most_tokens, source)])
 
 
 def packed(
@@ -179,19 +197,22 @@ def joined(
 ) -> list[Passage]:
     """Documents in seeded order, end to end, cut into whole windows; see `packed`."""
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    ids = torch.cat([found[i].ids for i in order]) if found else torch.empty(0, dtype=torch.long)
-    scored = torch.cat([found[i].scored for i in order]) if found else torch.empty(0, dtype=torch.bool)
-    count = min(len(ids), most_tokens) // window_tokens
-    if count == 0:
+    windows = _whole_windows([found[i] for i in order], window_tokens, most_tokens, source)
+    if prompts:
+        windows = [Passage.whole(window.ids, window.opening) for window in windows]
+    return _some([window for window in windows if window.scored.any()], source, most_tokens)
+
+
+def _whole_windows(found: Sequence[Passage], window_tokens: int, most_tokens: int, source: str) -> list[Passage]:
+    """Of passages end to end."""
+    ids = torch.cat([passage.ids for passage in found]) if found else torch.empty(0, dtype=torch.long)
+    scored = torch.cat([passage.scored for passage in found]) if found else torch.empty(0, dtype=torch.bool)
+    most = min(len(ids), most_tokens) // window_tokens
+    if most == 0:
         raise CalibrationError(f"{source} has {len(ids)} tokens, fewer than one window of {window_tokens}")
-    inner = torch.arange(window_tokens) > 0
-    windows = [
-        Passage(row, inner if prompts else judged & inner)
-        for row, judged in zip(
-            ids[: count * window_tokens].view(count, -1), scored[: count * window_tokens].view(count, -1), strict=True
-        )
-    ]
-    return _some([passage for passage in windows if passage.scored.any()], source, most_tokens)
+    stream = Passage(ids, scored, found[0].opening)
+    whole = (window for window in stream.split(window_tokens) if len(window.ids) == window_tokens)
+    return list(islice(whole, most_tokens // window_tokens))
 
 
 def self_written(

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from tiny_models import FAMILY_CONFIGS, tiny, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import gateskip_compress as g
 from gateskip_compress.losses import kl_divergence
@@ -73,6 +74,26 @@ def test_training_windows_hold_every_document_once_in_seeded_order(tmp_path):
     assert all(passage.scored.tolist() == [False] + [True] * 7 for passage in prompts)
     with pytest.raises(g.CalibrationError, match="has 48 tokens, fewer than one window of 64"):
         packed([path], tiny_tokenizer(), 64, 512)
+
+
+def test_every_window_begins_as_the_tokenizer_begins_texts(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path = write(tmp_path, [{"text": " ".join(f"w{i}" for i in range(10, 24))}, {"text": "w30 w31 w32 w33"}])
+    found = passages(path, tokenizer, 6, 64)
+    assert [passage.ids.tolist() for passage in found] == [
+        [1, *range(10, 15)],
+        [1, *range(15, 20)],
+        [1, *range(20, 24)],
+        [1, *range(30, 34)],
+    ]
+    assert all(passage.scored.tolist() == [False] + [True] * (len(passage.ids) - 1) for passage in found)
+    expected = [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 20, 21], [1, 22, 23, 1, 30]]
+    assert windows(path, tokenizer, 5, 64).tolist() == expected
+    assert windows(path, tokenizer, 5, 10).tolist() == expected[:2]
+    rows = [passage.ids.tolist() for passage in packed([path], tokenizer, 5, 512)]
+    assert all(row[0] == 1 for row in rows)
+    assert len(rows) == 4
 
 
 def test_nothing_to_score_is_said(tmp_path):
