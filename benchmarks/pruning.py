@@ -218,7 +218,7 @@ class Pair:
 
     def _native(self, model: PreTrainedModel) -> SessionWatch | str:
         tokens = PROMPT + NEW + 2
-        return why_not_native(model, tokens) or SessionWatch(self.ids, NEW, lower(model, context_tokens=tokens))
+        return why_not_native(model) or SessionWatch(self.ids, NEW, lower(model, context_tokens=tokens))
 
     @torch.inference_mode()
     def _torch(self, model: PreTrainedModel) -> tuple[float, float]:

@@ -258,7 +258,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _runtime(original: PreTrainedModel) -> dict[str, Any]:
     """One runtime for all stages, so that their speeds compare: the native one, where it knows the original."""
-    return {"runtime": "auto"} if why_not_native(original, 1) is None else {"runtime": "torch", "unpack": True}
+    return {"runtime": "auto"} if why_not_native(original) is None else {"runtime": "torch", "unpack": True}
 
 
 def _curve(

@@ -243,10 +243,14 @@ def test_names_that_come_late_are_those_that_type_checkers_see(package):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotary_positions_are_transformers_own(family):
     rotary = tiny(family, max_position_embeddings=4096).model.rotary_emb
-    cos, sin = rotary(torch.zeros(1), torch.arange(4096)[None])
-    found = turns(rotary.inv_freq.numpy(), rotary.attention_scaling, 4096)
-    np.testing.assert_allclose(found[0], cos[0].numpy(), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found[1], sin[0].numpy(), rtol=0, atol=1e-6)
+    kinds = [] if hasattr(rotary, "inv_freq") else rotary.layer_types
+    for kind in kinds or [None]:
+        prefix = f"{kind}_" if kind else ""
+        own = getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
+        found = turns(own[0].numpy(), own[1], 4096)
+        cos, sin = rotary(torch.zeros(1), torch.arange(4096)[None], *([kind] if kind else []))
+        np.testing.assert_allclose(found[0], cos[0].numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found[1], sin[0].numpy(), rtol=0, atol=1e-6)
 
 
 def test_words_are_shown_when_they_are_whole():

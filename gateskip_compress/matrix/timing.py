@@ -149,7 +149,7 @@ class _Stand:
         self.model, _ = load(str(self.subject.folder), device="auto")
         if self.subject.budget is not None:
             self.held.enter_context(budget(self.model, self.subject.budget))
-        return why_not_native(self.model, self._context)
+        return why_not_native(self.model)
 
     def take(self, native: bool) -> str:
         if native:

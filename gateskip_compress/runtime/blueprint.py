@@ -37,9 +37,13 @@ class SurrogatePlan(TypedDict, total=False):
 
 
 class BranchPlan(TypedDict):
-    """A branch's norm and gate; `score` is None where it follows the other branch's decision, or has no gate."""
+    """A branch's norms and gate; `score` is None where it follows the other branch's decision, or has no gate.
 
-    norm: str
+    `norm` is None where the branch was taken out and nothing stands in its place, `post` where its output has no norm.
+    """
+
+    norm: str | None
+    post: str | None
     gated: bool
     score: str | None
     bias: float
@@ -47,34 +51,46 @@ class BranchPlan(TypedDict):
 
 
 class LayerPlan(TypedDict):
-    """A block."""
+    """A block.
+
+    `matrices` has none of a branch that was taken out. `rotation` is one of the model's, None turns nothing; `window`
+    is how many positions a token sees, None being all.
+    """
 
     matrices: dict[str, MatrixPlan]
     norms: dict[str, str]
     branches: dict[str, BranchPlan]
-    rotary: bool
+    rotation: int | None
+    window: int | None
     copies: bool
+
+
+class RotationPlan(TypedDict):
+    """Rotary positions."""
+
+    frequencies: str
+    scale: float
 
 
 class Blueprint(TypedDict):
     """A model.
 
-    `embedding` and `exact_head` are float matrices by their arrays' names, or matrices of codes. `window` is how far
-    back its shortest attention reaches, None being all the way.
+    `embedding` and `exact_head` are float matrices by their arrays' names, or matrices of codes. Rows of the former are
+    multiplied with `enlarged`, queries with `scale`.
     """
 
     sizes: dict[str, int]
     eps: float
     scale: float
+    enlarged: float
+    activation: str
     layers: list[LayerPlan]
     norm: str
     head: MatrixPlan
     quick_head: MatrixPlan | None
     embedding: str | MatrixPlan
     exact_head: str | MatrixPlan | None
-    frequencies: str
-    rope_scale: float
-    window: int | None
+    rotations: list[RotationPlan]
     bytes_per_token: int
     drafts: bool
 
@@ -98,11 +114,12 @@ class Builder:
     def model(self, *, context_tokens: int, rows: int, threads: int, cache: str, fine: bool) -> Any:
         """A native model with an empty cache; arguments are as in `lower`, `fine` being activations of 16 bits."""
         plan, native = self.plan, extension()
-        cos, sin = turns(self.arrays[plan["frequencies"]], plan["rope_scale"], context_tokens)
+        rotations = [turns(self.arrays[r["frequencies"]], r["scale"], context_tokens) for r in plan["rotations"]]
         shape = native.Shape()
         for name, value in plan["sizes"].items():
             setattr(shape, name, value)
-        shape.eps, shape.scale, shape.rotated = plan["eps"], plan["scale"], cos.shape[1]
+        shape.eps, shape.scale, shape.rotated = plan["eps"], plan["scale"], rotations[0][0].shape[1]
+        shape.enlarged, shape.activation = plan["enlarged"], plan["activation"]
         shape.context, shape.rows, shape.element, shape.fine = context_tokens, rows, cache, fine
         head = self.matrix(plan["head"])
         quick = None if plan["quick_head"] is None else self.matrix(plan["quick_head"])
@@ -114,8 +131,7 @@ class Builder:
             quick,
             self.table(plan["embedding"], head),
             None if plan["exact_head"] is None else self.table(plan["exact_head"], head),
-            cos,
-            sin,
+            rotations,
             self.held,
         )
         return model
@@ -129,18 +145,18 @@ class Builder:
             setattr(layer, name, self.vector(norm))
         for name, branch in plan["branches"].items():
             setattr(layer, name, self.branch(branch))
-        layer.rotary, layer.copies = plan["rotary"], plan["copies"]
+        layer.rotation = -1 if plan["rotation"] is None else plan["rotation"]
+        layer.window, layer.copies = plan["window"] or 0, plan["copies"]
         return layer
 
     def branch(self, plan: BranchPlan) -> Any:
-        """A branch's norm and gate."""
+        """A branch's norms and gate."""
         branch = extension().Branch()
-        branch.norm, branch.gated = self.vector(plan["norm"]), plan["gated"]
+        for name in ("norm", "post", "score"):
+            if plan[name] is not None:
+                setattr(branch, name, self.vector(plan[name]))
+        branch.gated, branch.bias = plan["gated"], plan["bias"]
         branch.follows = plan["gated"] and plan["score"] is None
-        if plan["score"] is not None:
-            branch.score, branch.bias = self.vector(plan["score"]), plan["bias"]
-        if not plan["gated"]:
-            return branch
         surrogate = extension().Surrogate()
         for name, part in plan["surrogate"].items():
             setattr(surrogate, name, self.vector(part) if isinstance(part, str) else self.matrix(part))

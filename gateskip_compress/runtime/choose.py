@@ -14,11 +14,11 @@ from .session import Session
 RUNTIMES = ("auto", "native", "torch")
 
 
-def why_not_native(model: PreTrainedModel, context_tokens: int) -> str | None:
+def why_not_native(model: PreTrainedModel) -> str | None:
     """What keeps the native runtime from running a model; None where nothing does."""
     try:
         extension()
-        check_lowerable(model, context_tokens)
+        check_lowerable(model)
     except (RuntimeUnavailable, UnsupportedModel) as error:
         return str(error)
     return None

@@ -3,19 +3,19 @@
 Codes, scales and zero points of quantized projections are taken over as they are. Float projections become bfloat16 or
 stay float32; the output head, which is read whole for every token, becomes 8 bits in groups of 64 unless asked
 otherwise. Left out: gates that scale (all kinds but `effect`), NF4 and FP4 weights, rotary positions that change with
-the length of the text, windows narrower than the context.
+the length of the text, logits or scores with a soft cap.
 """
 
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import manifest_of
 from ..errors import UnsupportedModel
 from ..gating.block import GatedBlock
-from ..model import NoMlp, blocks, family_of
+from ..model import blocks, family_of, has_branch
 from ..names import check_choice
 from ..processor import checked_threads
 from ..text import chat_prompt
@@ -28,7 +28,11 @@ from .release import check_weights, free, own_what_is_left, refuse_without_weigh
 from .session import Session
 
 Cache = Literal["f16", "f32", "int8"]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Of MLPs, and what they are called natively."""
+_NORM_OFFSETS = {"gemma3_text": 1.0}
+"""By family: what is added to a norm's weight."""
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
@@ -76,15 +80,15 @@ def lower(
     for name, value, known in (("floats", floats, Floats), ("head", head, Head), ("cache", cache, Cache)):
         check_choice(name, value, get_args(known))
     check_weights(model)
-    check_lowerable(model, context_tokens)
+    check_lowerable(model)
     if context_tokens < 1 or rows < 1:
         raise ValueError(f"context_tokens {context_tokens} and rows {rows} must be at least 1")
     check_choice("activation_bits", activation_bits, (8, 16))
-    used, fitting = checked_threads(threads), fitting_kernels(blocks(model)[0].self_attn.head_dim, kernels)
+    used, fitting = checked_threads(threads), fitting_kernels(_attention(model).head_dim, kernels)
     file = None if beside is None else PackedFile.beside(beside, fitting, floats=floats, head=head)
     found = None if file is None else file.read()
     if found is None:
-        packer = Packer(fitting, floats)
+        packer = Packer(fitting, floats, _NORM_OFFSETS.get(model.config.model_type, 0.0))
         found = Packed(draw_up(model, packer, head, release=release), packer.arrays, sample_of(model))
         if file is not None:
             file.write(found)
@@ -108,8 +112,11 @@ def lower(
 def draw_up(model: PreTrainedModel, pack: Packer, head: Head, *, release: bool) -> Blueprint:
     """A model's blueprint; its arrays are the packer's. `release` frees blocks as soon as they are packed."""
     config: Any = model.config
-    attention: Any = blocks(model)[0].self_attn
-    layers = [pack.layer(index, block, _copies(block)) for index, block in enumerate(blocks(model))]
+    attention, turned, family = _attention(model), _rotations(model), family_of(model)
+    layers = [
+        pack.layer(index, block, family, _rotation(block, list(turned)), _window(config, block))
+        for index, block in enumerate(blocks(model))
+    ]
     if release:  # not before: a block may still be refused, and torch then runs the model
         _free_blocks(model)
     entries: Any = model.get_output_embeddings()
@@ -119,28 +126,28 @@ def draw_up(model: PreTrainedModel, pack: Packer, head: Head, *, release: bool) 
     exact = None if quick is None else output
     if head == "int8" and not is_coded(entries):
         exact = embedding if embedding_is_head(model) else pack.table("exact_head", entries)
-    rotary: Any = model.model.rotary_emb
-    windows = [window for block in blocks(model) if (window := _window(config, block)) is not None]
+    words: Any = model.get_input_embeddings()
     return {
         "sizes": {
             "width": config.hidden_size,
             "head_dim": attention.head_dim,
-            "heads": attention.q_proj.out_features // attention.head_dim,
-            "kv_heads": attention.k_proj.out_features // attention.head_dim,
             "vocabulary": entries.out_features,
             "inner": pack.widest,
         },
         "eps": config.rms_norm_eps,
         "scale": attention.scaling,
+        "enlarged": float(words.embed_scale.to(words.weight.dtype)) if hasattr(words, "embed_scale") else 1.0,
+        "activation": _ACTIVATIONS[_activation(config)],
         "layers": layers,
-        "norm": pack.vector("norm", model.model.norm.weight),
+        "norm": pack.norm("norm", model.model.norm),
         "head": output,
         "quick_head": quick,
         "embedding": embedding,
         "exact_head": exact,
-        "frequencies": pack.vector("frequencies", rotary.inv_freq),
-        "rope_scale": float(rotary.attention_scaling),
-        "window": min(windows, default=None),
+        "rotations": [
+            {"frequencies": pack.vector(f"frequencies.{name}", frequencies), "scale": scale}
+            for name, (frequencies, scale) in turned.items()
+        ],
         "bytes_per_token": pack.bytes_per_token,
         "drafts": any("draft_gates" in block._modules for block in blocks(model)),
     }
@@ -161,7 +168,7 @@ def _release(model: PreTrainedModel) -> None:
     refuse_without_weights(model)
 
 
-def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
+def check_lowerable(model: PreTrainedModel) -> None:
     """Raise UnsupportedModel where the runtime cannot run the model as transformers does; says which part and why."""
     config, name = model.config, model.config.model_type
     if name not in FAMILIES:
@@ -169,22 +176,23 @@ def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
     if model.device.type != "cpu":
         raise UnsupportedModel(f"the native runtime runs on the CPU, and this model is on {model.device}")
     family_of(model)
-    if config.hidden_act != "silu":
-        raise UnsupportedModel(f"the native runtime does not know activation {config.hidden_act!r}, only 'silu'")
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in _FIXED_ROPES:
+    if _activation(config) not in _ACTIVATIONS:
         raise UnsupportedModel(
-            f"rope_type {kind!r} turns positions by the length of the text; the native runtime knows those that do "
-            f"not: {', '.join(_FIXED_ROPES)}"
+            f"the native runtime does not know activation {_activation(config)!r}, only {', '.join(_ACTIVATIONS)}"
         )
-    _check_blocks(model)
-    for index, block in enumerate(blocks(model)):
-        window = _window(config, block)
-        if window is not None and window < context_tokens:
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise UnsupportedModel(f"{name} is {getattr(config, name)}; the native runtime knows no soft caps")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for each in [part for part in ropes.values() if isinstance(part, dict)] or [ropes]:
+        kind = each.get("rope_type", "default")
+        if kind not in _FIXED_ROPES:
             raise UnsupportedModel(
-                f"block {index} attends to the last {window} tokens only, which the native runtime cannot; "
-                f"use context_tokens={window} or less, where it makes no difference"
+                f"rope_type {kind!r} turns positions by the length of the text; the native runtime knows those that "
+                f"do not: {', '.join(_FIXED_ROPES)}"
             )
+    _attention(model)
+    for index, block in enumerate(blocks(model)):
         if not isinstance(block, GatedBlock):
             continue
         if type(block).decide is not GatedBlock.decide:
@@ -197,29 +205,41 @@ def check_lowerable(model: PreTrainedModel, context_tokens: int) -> None:
             )
 
 
-def _check_blocks(model: PreTrainedModel) -> None:
-    """Refuse blocks that pruning left without a branch, or with other heads than their neighbours have."""
-    parts: list[Any] = list(blocks(model))
-    for index, block in enumerate(parts):
-        if isinstance(block.mlp, NoMlp) or isinstance(block.self_attn, NoMlp):
-            raise UnsupportedModel(f"block {index} has no attention or no MLP; the native runtime knows whole blocks")
-    heads = [(block.self_attn.q_proj.out_features, block.self_attn.k_proj.out_features) for block in parts]
-    odd = next((index for index, found in enumerate(heads) if found != heads[0]), None)
-    if odd is not None:
-        raise UnsupportedModel(
-            f"queries and keys of block {odd} have {heads[odd]} features, those of block 0 {heads[0]}; the native "
-            "runtime knows blocks that are alike in this: prune attention with shape='uniform'"
-        )
+def _attention(model: PreTrainedModel) -> Any:
+    """The first attention that is there; heads of all are equally wide."""
+    for layer, block in enumerate(blocks(model)):
+        if has_branch(model, layer, "attention"):
+            return block.self_attn
+    raise UnsupportedModel("no block has attention; the native runtime knows models of which at least one has")
+
+
+def _activation(config: Any) -> str:
+    """Of MLPs."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _rotations(model: PreTrainedModel) -> dict[str, tuple[Tensor, float]]:
+    """Frequencies of rotary positions, and what they are scaled with, by the kinds of attention that have their own."""
+    rotary: Any = model.model.rotary_emb
+    if hasattr(rotary, "inv_freq"):
+        return {"all": (rotary.inv_freq, float(rotary.attention_scaling))}
+    found = ((kind, f"{kind}_inv_freq", f"{kind}_attention_scaling") for kind in rotary.layer_types)
+    return {kind: (getattr(rotary, name), float(getattr(rotary, scale))) for kind, name, scale in found}
+
+
+def _rotation(block: nn.Module, known: list[str]) -> int | None:
+    """Which of the model's a block's attention turns by; any will do where there is none."""
+    attention: Any = block.self_attn
+    if not getattr(attention, "use_rope", True):
+        return None
+    kind = getattr(attention, "layer_type", None)
+    return known.index(kind) if kind in known else 0
 
 
 def _window(config: Any, block: nn.Module) -> int | None:
-    """How far back a block's attention reaches; None is all the way."""
+    """How many positions a token of a block sees; None is all."""
     own = getattr(block.self_attn, "sliding_window", None)
     return getattr(config, "sliding_window", None) if config.model_type == "mistral" else own
-
-
-def _copies(block: nn.Module) -> bool:
-    return bool(getattr(block, "copies", False))
 
 
 def sample_of(model: PreTrainedModel) -> Sample | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..gating.gate import Gate
+from ..model import Branch, Family, NoMlp
 from ..quantization.groups import GroupWeight, quantize
 from ..quantization.linear import QuantizedEmbedding, QuantizedLinear
 from .blueprint import BranchPlan, LayerPlan, MatrixPlan, SurrogatePlan
@@ -35,6 +36,7 @@ class Packer:
     Args:
         kernels: Which.
         floats: How float matrices are kept.
+        norm_offset: What the weights of norms are meant to have added.
         arrays: Packed so far.
         widest: Most channels that a branch or surrogate has inside, so far.
         bytes_per_token: Of packed weights that a token reads at full budget, so far.
@@ -42,34 +44,50 @@ class Packer:
 
     kernels: str
     floats: Floats
+    norm_offset: float = 0.0
     arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     widest: int = 0
     bytes_per_token: int = 0
 
-    def layer(self, index: int, block: Any, copies: bool) -> LayerPlan:
-        """One block."""
+    def layer(self, index: int, block: Any, family: Family, rotation: int | None, window: int | None) -> LayerPlan:
+        """One block; `rotation` and `window` are as in the plan."""
         attention, mlp = block.self_attn, block.mlp
-        projections = {name: getattr(attention, f"{name}_proj") for name in "qkvo"}
-        projections |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+        projections: dict[str, nn.Module] = {}
+        if not isinstance(attention, NoMlp):
+            projections |= {name: getattr(attention, f"{name}_proj") for name in "qkvo"}
+        if not isinstance(mlp, NoMlp):
+            projections |= {name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+            self.widest = max(self.widest, mlp.gate_proj.out_features)
         matrices = {name: self.matrix(f"{index}.{name}", module) for name, module in projections.items()}
-        self.widest = max(self.widest, mlp.gate_proj.out_features)
         norms = {
-            name: self.vector(f"{index}.{name}", getattr(attention, name).weight)
+            name: self.norm(f"{index}.{name}", getattr(attention, name))
             for name in ("q_norm", "k_norm")
             if hasattr(attention, name)
         }
         branches = {}
-        for prefix, gates in (("", getattr(block, "gates", {})), ("draft_", getattr(block, "draft_gates", {}))):
-            own = dict(gates)
-            for part, norm in (("attention", block.input_layernorm), ("mlp", block.post_attention_layernorm)):
-                branches[f"{prefix}{part}"] = self.branch(f"{index}.{prefix}{part}", norm, own.get(part))
-        rotary = bool(getattr(attention, "use_rope", True))
-        return {"matrices": matrices, "norms": norms, "branches": branches, "rotary": rotary, "copies": copies}
+        for prefix, held in (("", "gates"), ("draft_", "draft_gates")):
+            own = dict(block._modules.get(held) or {})
+            for branch in family.branches if held in block._modules or not prefix else ():
+                name = f"{prefix}{branch.kind}"
+                branches[name] = self.branch(f"{index}.{name}", block, branch, own.get(branch.kind))
+        copies = bool(getattr(block, "copies", False))
+        return {
+            "matrices": matrices,
+            "norms": norms,
+            "branches": branches,
+            "rotation": rotation,
+            "window": window,
+            "copies": copies,
+        }
 
-    def branch(self, name: str, norm: nn.Module, gate: Gate | None) -> BranchPlan:
-        """A branch's norm and gate."""
+    def branch(self, name: str, block: Any, branch: Branch, gate: Gate | None) -> BranchPlan:
+        """A branch's norms, and its gate or what stands in its place since it was taken out."""
+        before, after, body = (
+            None if part is None else getattr(block, part) for part in (branch.norm, branch.post, branch.body[0])
+        )
         plan: BranchPlan = {
-            "norm": self.vector(f"{name}.norm", norm.weight),  # pyright: ignore[reportArgumentType]
+            "norm": None if isinstance(before, nn.Identity) else self.norm(f"{name}.norm", before),
+            "post": None if after is None or isinstance(after, nn.Identity) else self.norm(f"{name}.post", after),
             "gated": gate is not None,
             "score": None,
             "bias": 0.0,
@@ -79,12 +97,16 @@ class Packer:
             plan["score"] = self.vector(f"{name}.score", gate.score_weight)
             plan["bias"] = float(gate.score_bias.detach())
         if gate is not None:
+            read = self.bytes_per_token
             plan["surrogate"] = self.surrogate(name, gate)
+            self.bytes_per_token = read  # nobody reads it at full budget
+        elif isinstance(body, NoMlp) and body.instead is not None:
+            plan["surrogate"] = self.surrogate(name, body.instead)
         return plan
 
-    def surrogate(self, branch: str, gate: Gate) -> SurrogatePlan:
-        """What a gate puts in the branch's place; nobody reads it at full budget, so its bytes are not counted."""
-        before, plan = self.bytes_per_token, SurrogatePlan()
+    def surrogate(self, branch: str, gate: Any) -> SurrogatePlan:
+        """What a gate puts in the branch's place."""
+        plan = SurrogatePlan()
         if gate.surrogate == "mean":
             plan["offset"] = self.vector(f"{branch}.offset", gate.offset)
         elif gate.surrogate == "lowrank":
@@ -95,7 +117,6 @@ class Packer:
             for name in ("gate", "up", "down"):
                 plan[name] = self.matrix(f"{branch}.{name}", getattr(gate.narrow, name))
             self.widest = max(self.widest, gate.narrow.gate.out_features)
-        self.bytes_per_token = before
         return plan
 
     def matrix(self, name: str, module: nn.Module) -> MatrixPlan:
@@ -176,6 +197,11 @@ class Packer:
         self.bytes_per_token += packed.nbytes
         held = None if bias is None else self.vector(f"{name}.bias", bias)
         return {"packed": name, "kind": kind, "rows": rows, "columns": columns, "group": group, "bias": held}
+
+    def norm(self, name: str, module: Any) -> str:
+        """A norm's weight."""
+        self.arrays[self.vector(name, module.weight)] += np.float32(self.norm_offset)
+        return name
 
     def vector(self, name: str, parameter: Tensor) -> str:
         """A small parameter, float32."""

@@ -161,8 +161,6 @@ class _Checkpoint:
     def session(self, context_tokens: int) -> Ready:
         """With room for a prompt and its continuation."""
         plan = self.packed.plan
-        if plan["window"] is not None and plan["window"] < context_tokens:
-            raise ValueError("attention is cut off")
         build, used = Builder(plan, self.packed.arrays, self.kernels), checked_threads(None)
         gates, speculation = self.steps.get("gateskip"), self.steps.get("self_speculation")
         drafts = speculation and speculation["settings"]["gates"]

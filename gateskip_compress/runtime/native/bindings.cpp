@@ -188,16 +188,22 @@ int draw(const std::string& kernels, Floats scores, double chance) {
   return found;
 }
 
-Floats swiglu(const std::string& kernels, Floats gate, Floats up) {
+Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  throw py::value_error("activation '" + name + "' must be silu or gelu");
+}
+
+Floats glu(const std::string& kernels, Floats gate, Floats up, const std::string& activation) {
   check(gate.size() == up.size(), "gate and up differ in size");
   Floats y(gate.size());
   std::memcpy(y.mutable_data(), gate.data(), sizeof(float) * gate.size());
-  kernels_named(kernels).swiglu(y.mutable_data(), up.data(), static_cast<int>(gate.size()));
+  kernels_named(kernels).glu(y.mutable_data(), up.data(), static_cast<int>(gate.size()), activation_named(activation));
   return y;
 }
 
-// Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the first seen[i] positions.
-Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints seen,
+// Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the positions [begin[i], end[i]).
+Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints begin, Ints end,
               const std::string& element) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
@@ -205,7 +211,8 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
             size = Queries::part_size(d);
   check(count <= kMostQueries, "at most 4 queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
-  for (int i = 0; i < count; ++i) check(seen.at(i) >= 1 && seen.at(i) <= positions, "seen is out of range");
+  for (int i = 0; i < count; ++i)
+    check(begin.at(i) >= 0 && begin.at(i) < end.at(i) && end.at(i) <= positions, "begin and end are out of range");
   Cache k(element_named(element), 1, positions, d, run.lanes), v(element_named(element), 1, positions, d, 1);
   for (int p = 0; p < positions; ++p) k.write(0, p, keys.data(p, 0)), v.write(0, p, values.data(p, 0));
   std::vector<float> parts(size_t(count) * runs * size);
@@ -218,14 +225,15 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
     to.values = v.elements(0, from), to.value_scales = v.scales(0, from);
     to.count = 0;
     for (int i = 0; i < count; ++i) {
-      if (seen.at(i) <= from) continue;
+      const int first = std::max(0, begin.at(i) - from), last = std::min(end.at(i) - from, kRun);
+      if (first >= last) continue;
       to.query[to.count] = query.data(i, 0), to.part[to.count] = part(i, from);
-      to.seen[to.count++] = std::min(seen.at(i) - from, kRun);
+      to.begin[to.count] = first, to.end[to.count++] = last;
     }
-    run.attend(to, element_named(element));
+    if (to.count) run.attend(to, element_named(element));
   }
   for (int i = 0; i < count; ++i)
-    run.merge(part(i, 0), runs_of(seen.at(i)), d, out.mutable_data(i, 0));
+    run.merge(part(i, begin.at(i)), runs_of(end.at(i)) - begin.at(i) / kRun, d, out.mutable_data(i, 0));
   return out;
 }
 
@@ -262,9 +270,18 @@ struct HeldModel {
   // Finishes a model whose layers are set. Tables (vocabulary, width) are float, bf16 as 16-bit integers, or matrices of
   // codes.
   void finish(std::vector<Layer> layers, std::vector<float> norm, const HeldMatrix& head, py::object quick_head,
-              py::object embedding, py::object exact_head, Floats cos, Floats sin, py::object owners) {
+              py::object embedding, py::object exact_head, std::vector<std::pair<Floats, Floats>> rotations,
+              py::object owners) {
     const Shape& s = model.shape;
-    check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
+    for (const auto& [cos, sin] : rotations) {
+      check(cos.size() == py::ssize_t(s.context) * s.rotated && sin.size() == cos.size(), "cos and sin do not fit");
+      model.rotations.push_back({cos.data(), sin.data()});
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      check(layers[i].rotation < static_cast<int>(rotations.size()), "a layer names rotary positions that are not there");
+      check(!layers[i].copies || (i > 0 && layers[i - 1].k.rows == layers[i].k.rows),
+            "a layer copies from one that has other keys");
+    }
     check(head.rows == s.vocabulary && head.columns == s.width, "the head's shape does not fit");
     model.layers = std::move(layers);
     model.norm = std::move(norm);
@@ -277,8 +294,7 @@ struct HeldModel {
     }
     model.embedding = either(embedding);
     if (!exact_head.is_none()) model.exact_head = either(exact_head);
-    model.cos = cos.data(), model.sin = sin.data();
-    held = {embedding, exact_head, quick_head, cos, sin, py::cast(head), owners};
+    held = {embedding, exact_head, quick_head, py::cast(rotations), py::cast(head), owners};
     model.prepare();
   }
 
@@ -323,6 +339,7 @@ struct HeldModel {
       const py::ssize_t branches = 2 * model.layers.size();
       Bytes keep({branches, ids.size()});
       Floats score({branches, ids.size()});
+      std::fill_n(keep.mutable_data(), keep.size(), uint8_t(0));
       std::fill_n(score.mutable_data(), score.size(), NAN);
       call.kept = keep.mutable_data(), call.scores = score.mutable_data();
       kept = keep, scores = score;
@@ -418,7 +435,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
   m.def("draw", &draw);
-  m.def("swiglu", &swiglu);
+  m.def("glu", &glu);
   m.def("attend", &attend);
   m.def("read_bandwidth", &read_bandwidth);
 
@@ -439,6 +456,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Branch>(m, "Branch")
       .def(py::init<>())
       .def_readwrite("norm", &Branch::norm)
+      .def_readwrite("post", &Branch::post)
       .def_readwrite("gated", &Branch::gated)
       .def_readwrite("follows", &Branch::follows)
       .def_readwrite("score", &Branch::score)
@@ -459,13 +477,12 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("down", &Layer::down)
       .def_readwrite("q_norm", &Layer::q_norm)
       .def_readwrite("k_norm", &Layer::k_norm)
-      .def_readwrite("rotary", &Layer::rotary)
+      .def_readwrite("rotation", &Layer::rotation)
+      .def_readwrite("window", &Layer::window)
       .def_readwrite("copies", &Layer::copies);
   py::class_<Shape>(m, "Shape")
       .def(py::init<>())
       .def_readwrite("width", &Shape::width)
-      .def_readwrite("heads", &Shape::heads)
-      .def_readwrite("kv_heads", &Shape::kv_heads)
       .def_readwrite("head_dim", &Shape::head_dim)
       .def_readwrite("inner", &Shape::inner)
       .def_readwrite("vocabulary", &Shape::vocabulary)
@@ -474,6 +491,9 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("rotated", &Shape::rotated)
       .def_readwrite("eps", &Shape::eps)
       .def_readwrite("scale", &Shape::scale)
+      .def_readwrite("enlarged", &Shape::enlarged)
+      .def_property("activation", nullptr,
+                    [](Shape& shape, const std::string& name) { shape.activation = activation_named(name); })
       .def_property("element", nullptr, [](Shape& shape, const std::string& name) { shape.element = element_named(name); })
       .def_readwrite("fine", &Shape::fine);
   py::class_<HeldModel>(m, "Model")

@@ -32,6 +32,7 @@ constexpr int kMostLanes = 16;   // of all kernels
 
 enum class Kind { int4, int8, bf16, f32 };
 enum class Element { f32, f16, int8 };  // of remembered keys and values
+enum class Activation { silu, gelu };   // the latter by tanh
 
 // Packed weights (see `pack.h`); the memory belongs to someone else.
 struct Matrix {
@@ -63,7 +64,7 @@ struct Queries {
   int count;                               // 1..kMostQueries
   const float* query[kMostQueries];        // already scaled
   float* part[kMostQueries];               // head_dim values, top, sum
-  int seen[kMostQueries];                  // positions of the run that the query sees, the first ones: 1..kRun
+  int begin[kMostQueries], end[kMostQueries];  // positions of the run that the query sees, at least one
   const void *keys, *values;               // of the run's first position
   const float *key_scales, *value_scales;  // by position; or none
   int head_dim;
@@ -87,8 +88,8 @@ struct Kernels {
   float (*exp_sum)(const float* x, int count, float top);
   // An entry as likely as the softmax of the scores says, by a number from 0 to below 1; -1 where that is undefined.
   int (*draw)(const float* scores, int count, double chance);
-  // gate = silu(gate) * up
-  void (*swiglu)(float* gate, const float* up, int width);
+  // gate = activation(gate) * up
+  void (*glu)(float* gate, const float* up, int width, Activation);
   void (*attend)(const Queries&, Element);
   // What a query gets from all its runs, by their parts, which lie one after the other and are lost.
   void (*merge)(float* parts, int runs, int head_dim, float* out);

@@ -384,22 +384,30 @@ int draw(const float* scores, int count, double chance) {
   return all > 0 ? found : -1;
 }
 
-template <class V>
-inline F<V> silu(F<V> x) {
-  return x / (V::set(1) + exponential<V>(-x));
+// x times the logistic function of x, or of 2 sqrt(2 / pi) (x + 0.044715 x^3), which is x (1 + tanh(half of that)) / 2.
+template <class V, Activation A>
+inline F<V> activated(F<V> x) {
+  const F<V> z = A == Activation::silu ? x : V::set(1.5957691216f) * x * V::fma(V::set(0.044715f) * x, x, V::set(1));
+  return x / (V::set(1) + exponential<V>(-z));
 }
 
-template <class V>
-void swiglu(float* gate, const float* up, int width) {
+template <class V, Activation A>
+void activate(float* gate, const float* up, int width) {
   int i = 0;
   for (; i + V::lanes <= width; i += V::lanes)
-    V::store(gate + i, silu<V>(V::load(gate + i)) * V::load(up + i));
+    V::store(gate + i, activated<V, A>(V::load(gate + i)) * V::load(up + i));
   if (i == width) return;
   float g[V::lanes] = {}, u[V::lanes] = {};
   std::memcpy(g, gate + i, sizeof(float) * (width - i));
   std::memcpy(u, up + i, sizeof(float) * (width - i));
-  V::store(g, silu<V>(V::load(g)) * V::load(u));
+  V::store(g, activated<V, A>(V::load(g)) * V::load(u));
   std::memcpy(gate + i, g, sizeof(float) * (width - i));
+}
+
+template <class V>
+void glu(float* gate, const float* up, int width, Activation activation) {
+  return activation == Activation::silu ? activate<V, Activation::silu>(gate, up, width)
+                                        : activate<V, Activation::gelu>(gate, up, width);
 }
 
 // ---- attention
@@ -452,23 +460,25 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
   }
 }
 
-// Scores to weights; what lies after `seen` becomes 0.
+// The scores [begin, end) to weights; the rest of the vectors that they lie in becomes 0.
 template <class V>
-inline void weigh(float* scores, int seen, float& largest, float& weight) {
-  float top = scores[0];
+inline void weigh(float* scores, int begin, int end, float& largest, float& weight) {
+  const int first = begin / V::lanes * V::lanes, whole = (begin + V::lanes - 1) / V::lanes * V::lanes;
+  float top = scores[begin];
   F<V> most = V::set(top);
-  int i = 0;
-  for (; i + V::lanes <= seen; i += V::lanes) most = larger<V>(V::load(scores + i), most);
+  int i = begin;
+  for (; i < whole && i < end; ++i) top = scores[i] > top ? scores[i] : top;
+  for (; i + V::lanes <= end; i += V::lanes) most = larger<V>(V::load(scores + i), most);
   float lane[V::lanes];
   V::store(lane, most);
   for (float value : lane) top = value > top ? value : top;
-  for (; i < seen; ++i) top = scores[i] > top ? scores[i] : top;
+  for (; i < end; ++i) top = scores[i] > top ? scores[i] : top;
   F<V> sum = V::set(0);
-  for (i = 0; i < seen; i += V::lanes) {
+  for (i = first; i < end; i += V::lanes) {
     F<V> e = exponential<V>(V::load(scores + i) - V::set(top));
-    if (i + V::lanes > seen) {
+    if (i < begin || i + V::lanes > end) {
       V::store(lane, e);
-      for (int j = seen - i; j < V::lanes; ++j) lane[j] = 0;
+      for (int j = 0; j < V::lanes; ++j) lane[j] = i + j < begin || i + j >= end ? 0 : lane[j];
       e = V::load(lane);
     }
     V::store(scores + i, e);
@@ -497,37 +507,42 @@ inline void mix(const Queries& to, int first, int column, int begin, int end, co
 template <class V, class E, int Q>
 inline void mix_all(const Queries& to, int first, int begin, int end, const float (*weights)[kRun]) {
   constexpr int W = together<Q>;
+  if (begin >= end) return;
   int column = 0;
   for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes)
     mix<V, E, Q, W>(to, first, column, begin, end, weights);
   for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end, weights);
 }
 
-// Q queries from `first` on. What only some of them see is added query by query.
+// Q queries from `first` on. What only some of them see is added query by query, each query's positions in order.
 template <class V, class E, int Q>
 void attend_some(const Queries& to, int first) {
-  int least = to.seen[first], most = least;
+  const int *begins = to.begin + first, *ends = to.end + first;
+  int earliest = begins[0], begin = earliest, end = ends[0], latest = end;
   for (int i = 1; i < Q; ++i) {
-    least = to.seen[first + i] < least ? to.seen[first + i] : least;
-    most = to.seen[first + i] > most ? to.seen[first + i] : most;
+    earliest = begins[i] < earliest ? begins[i] : earliest;
+    begin = begins[i] > begin ? begins[i] : begin;
+    end = ends[i] < end ? ends[i] : end;
+    latest = ends[i] > latest ? ends[i] : latest;
   }
+  end = end > begin ? end : begin;  // all queries see [begin, end)
   constexpr int B = together<Q>;
-  const int blocks = (most + V::lanes - 1) / V::lanes;
+  const int blocks = (latest + V::lanes - 1) / V::lanes;
   float weights[Q][kRun];
-  int block = 0;
+  int block = earliest / V::lanes;
   for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block, weights);
   for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block, weights);
   for (int i = 0; i < Q; ++i) {
     float* part = to.part[first + i];
-    const int seen = to.seen[first + i];
-    weigh<V>(weights[i], seen, part[to.head_dim], part[to.head_dim + 1]);
+    weigh<V>(weights[i], begins[i], ends[i], part[to.head_dim], part[to.head_dim + 1]);
     if constexpr (scaled<E>)
-      for (int p = 0; p < seen; p += V::lanes)
+      for (int p = begins[i] / V::lanes * V::lanes; p < ends[i]; p += V::lanes)
         V::store(weights[i] + p, V::load(weights[i] + p) * V::load(to.value_scales + p));
     std::memset(part, 0, sizeof(float) * to.head_dim);
+    mix_all<V, E, 1>(to, first + i, begins[i], begin < ends[i] ? begin : ends[i], weights + i);
   }
-  mix_all<V, E, Q>(to, first, 0, least, weights);
-  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, least, to.seen[first + i], weights + i);
+  mix_all<V, E, Q>(to, first, begin, end, weights);
+  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, end > begins[i] ? end : begins[i], ends[i], weights + i);
 }
 
 template <class V, class E>
@@ -570,7 +585,7 @@ void merge(float* parts, int runs, int head_dim, float* out) {
 
 template <class V>
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, swiglu<V>, attend<V>,
+  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, glu<V>, attend<V>,
           merge<V>};
 }
 

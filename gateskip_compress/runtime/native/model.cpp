@@ -18,6 +18,13 @@ void rotate(float* head, const float* cos, const float* sin, int count) {
   }
 }
 
+// The first position that a token in that layer sees.
+int seen_from(const Layer& layer, int position) { return layer.window ? std::max(0, position + 1 - layer.window) : 0; }
+
+int runs_seen(const Layer& layer, int position) {
+  return runs_of(position + 1) - seen_from(layer, position) / kRun;
+}
+
 }  // namespace
 
 Model::Model(const Shape& s, const Kernels& k, int threads) : shape(s), kernels(k), team_(threads), lists_(threads) {}
@@ -42,21 +49,28 @@ Activations Model::activations(int columns) {
 }
 
 void Model::prepare() {
-  const int queries = shape.heads * shape.head_dim, others = shape.kv_heads * shape.head_dim;
+  int most = 0;  // heads of a layer
+  for (Layer& layer : layers) {
+    layer.heads = layer.q.rows / shape.head_dim, layer.kv_heads = layer.k.rows / shape.head_dim;
+    layer.first_head = kept_heads_;
+    kept_heads_ += layer.kv_heads;
+    most = std::max(most, layer.heads);
+    stride_ = std::max(stride_, size_t(layer.heads + 2 * layer.kv_heads) * shape.head_dim);
+  }
   normed_ = activations(shape.width);
-  mixed_ = activations(queries);
+  mixed_ = activations(most * shape.head_dim);
   inner_ = activations(shape.inner);
   hidden_ = floats(size_t(kWindow) * shape.width);
-  qkv_ = floats(size_t(kWindow) * (queries + 2 * others));
+  qkv_ = floats(kWindow * stride_);
   up_ = floats(size_t(kWindow) * shape.inner);
   out_ = floats(size_t(kWindow) * shape.width);
-  const size_t queries_at_once = std::max(kFew * shape.heads, team_.size() * kMostQueries);
+  const size_t queries_at_once = std::max(kFew * most, team_.size() * kMostQueries);
   parts_ = floats(queries_at_once * runs_of(shape.context) * Queries::part_size(shape.head_dim));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
   row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
   keep_.resize(2 * layers.size() * kWindow);
-  const size_t heads = size_t(shape.rows) * layers.size() * shape.kv_heads;
+  const size_t heads = shape.rows * kept_heads_;
   keys_ = Cache(shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
   values_ = Cache(shape.element, heads, shape.context, shape.head_dim, 1);
   for (Lists& lists : lists_)
@@ -99,20 +113,24 @@ void Model::copy_row(const Table& table, int row, float* to) const {
 
 void Model::embed(const Call& call, int thread) {
   const auto [begin, end] = share(call.count, thread);
-  for (int token = begin; token < end; ++token)
-    copy_row(embedding, call.ids[token], hidden_ + size_t(token) * shape.width);
+  for (int token = begin; token < end; ++token) {
+    float* x = hidden_ + size_t(token) * shape.width;
+    copy_row(embedding, call.ids[token], x);
+    for (int i = 0; shape.enlarged != 1 && i < shape.width; ++i) x[i] *= shape.enlarged;
+  }
 }
 
-// Normalises the stream and decides which tokens run the branch, each thread for its tokens; then lists them.
-void Model::enter(const Call& call, const Branch& branch, int index, int thread) {
-  const bool decides = call.thresholds && branch.gated;
+// Normalises the stream and decides which tokens run the branch, if it is there, each thread for its tokens; then lists
+// them.
+void Model::enter(const Call& call, const Branch& branch, bool there, int index, int thread) {
+  const bool decides = there && call.thresholds && branch.gated;
   uint8_t* keep = keep_.data() + size_t(index) * kWindow;
   const auto [begin, end] = share(call.count, thread);
   for (int token = begin; token < end; ++token) {
     float* x = normed_.floats(token);
     kernels.norm(hidden_ + size_t(token) * shape.width, branch.norm.data(), shape.width, shape.eps, x);
     kernels.quantize(normed_, token, 0, shape.width);
-    keep[token] = 1;
+    keep[token] = there;
     if (decides && branch.follows) keep[token] = keep[token - kWindow];
     if (decides && !branch.follows) {
       const float score = kernels.dot(x, branch.score.data(), shape.width) + branch.bias;
@@ -132,69 +150,93 @@ void Model::attention(const Call& call, int index, int thread) {
   const Layer& layer = layers[index];
   const Branch& branch = call.draft ? layer.draft_attention : layer.attention;
   const Lists& lists = lists_[thread];
-  enter(call, branch, 2 * index, thread);
-  const int queries = shape.heads * shape.head_dim, others = shape.kv_heads * shape.head_dim;
-  const size_t stride = queries + 2 * others;
-  const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
-  multiply(layer.q, normed_, lists.kept, qkv_, stride, thread);
-  multiply(layer.k, normed_, remembered, qkv_ + queries, stride, thread);
-  multiply(layer.v, normed_, remembered, qkv_ + queries + others, stride, thread);
+  const bool there = layer.q.data;
+  if (!there && branch.surrogate.empty()) return;
+  enter(call, branch, there, 2 * index, thread);
   replace_inner(branch.surrogate, lists.skipped, thread);
-  team_.wait();
-  const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
-  const auto [begin, end] = share(call.count, thread);
-  for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
-  team_.wait();
-  attend(call, index, lists.kept, thread);
-  multiply_add(layer.o, mixed_, lists.kept, thread);
-  replace_outer(branch.surrogate, lists.skipped, thread);
-  team_.wait();
+  if (there) {
+    const int queries = layer.heads * shape.head_dim, others = layer.kv_heads * shape.head_dim;
+    const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
+    multiply(layer.q, normed_, lists.kept, qkv_, stride_, thread);
+    multiply(layer.k, normed_, remembered, qkv_ + queries, stride_, thread);
+    multiply(layer.v, normed_, remembered, qkv_ + queries + others, stride_, thread);
+    team_.wait();
+    const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
+    const auto [begin, end] = share(call.count, thread);
+    for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
+    team_.wait();
+    attend(call, index, lists.kept, thread);
+  } else {
+    team_.wait();
+  }
+  finish(layer.o, mixed_, branch, thread);
 }
 
 void Model::mlp(const Call& call, int index, int thread) {
   const Layer& layer = layers[index];
   const Branch& branch = call.draft ? layer.draft_mlp : layer.mlp;
   const Lists& lists = lists_[thread];
-  enter(call, branch, 2 * index + 1, thread);
-  glu(layer.gate, layer.up, lists.kept, thread);
+  const bool there = layer.gate.data;
+  if (!there && branch.surrogate.empty()) return;
+  enter(call, branch, there, 2 * index + 1, thread);
+  if (there) glu(layer.gate, layer.up, lists.kept, thread);
   replace_inner(branch.surrogate, lists.skipped, thread);
   team_.wait();
-  multiply_add(layer.down, inner_, lists.kept, thread);
-  replace_outer(branch.surrogate, lists.skipped, thread);
+  finish(layer.down, inner_, branch, thread);
+}
+
+// A branch's last product, of the tokens that run it, and the surrogate of those that do not, added to the stream.
+void Model::finish(const Matrix& m, const Activations& from, const Branch& branch, int thread) {
+  const std::vector<int>& kept = lists_[thread].kept;
+  if (branch.post.empty()) {
+    if (!kept.empty()) multiply_add(m, from, kept, thread);
+  } else {
+    multiply(m, from, kept, out_, shape.width, thread);
+    team_.wait();
+    const auto [begin, end] = share(static_cast<int>(kept.size()), thread);
+    for (int i = begin; i < end; ++i) {
+      float *to = hidden_ + size_t(kept[i]) * shape.width, *y = out_ + size_t(kept[i]) * shape.width;
+      kernels.norm(y, branch.post.data(), shape.width, shape.eps, y);
+      for (int column = 0; column < shape.width; ++column) to[column] += y[column];
+    }
+  }
+  replace_outer(branch.surrogate, lists_[thread].skipped, thread);
   team_.wait();
 }
 
 // Which of the cache's heads one of a token's is.
-size_t Model::slot(const Call& call, int layer, int token, int head) const {
-  return (size_t(call.rows[token]) * layers.size() + layer) * shape.kv_heads + head;
+size_t Model::slot(const Call& call, const Layer& layer, int token, int head) const {
+  return call.rows[token] * kept_heads_ + layer.first_head + head;
 }
 
 // Finishes a token's queries, and puts its keys and values into the cache.
 void Model::place(const Call& call, int index, int token, bool kept) {
   const Layer& layer = layers[index];
   const int d = shape.head_dim, position = call.positions[token];
-  float* query = qkv_ + size_t(token) * (shape.heads + 2 * shape.kv_heads) * d;
-  const float *c = cos + size_t(position) * shape.rotated, *s = sin + size_t(position) * shape.rotated;
-  const auto finish = [&](float* head, const std::vector<float>& weight) {
+  float* query = qkv_ + token * stride_;
+  const size_t turn = size_t(position) * shape.rotated;
+  const auto turned = [&](float* head, const std::vector<float>& weight) {
     if (!weight.empty()) kernels.norm(head, weight.data(), d, shape.eps, head);
-    if (layer.rotary) rotate(head, c, s, shape.rotated);
+    if (layer.rotation < 0) return;
+    const Rotation& rotation = rotations[layer.rotation];
+    rotate(head, rotation.cos + turn, rotation.sin + turn, shape.rotated);
   };
-  for (int head = 0; kept && head < shape.heads; ++head) {
-    finish(query + head * d, layer.q_norm);
+  for (int head = 0; kept && head < layer.heads; ++head) {
+    turned(query + head * d, layer.q_norm);
     for (int i = 0; i < d; ++i) query[head * d + i] *= shape.scale;
   }
-  for (int head = 0; head < shape.kv_heads; ++head) {
-    const size_t to = slot(call, index, token, head);
+  for (int head = 0; head < layer.kv_heads; ++head) {
+    const size_t to = slot(call, layer, token, head);
     if (layer.copies && !kept) {
-      const size_t from = slot(call, index - 1, token, head);
+      const size_t from = slot(call, layers[index - 1], token, head);
       keys_.copy(from, to, position);
       values_.copy(from, to, position);
       continue;
     }
-    float* key = query + (shape.heads + head) * d;
-    finish(key, layer.k_norm);
+    float* key = query + (layer.heads + head) * d;
+    turned(key, layer.k_norm);
     keys_.write(to, position, key);
-    values_.write(to, position, key + shape.kv_heads * d);
+    values_.write(to, position, key + layer.kv_heads * d);
   }
 }
 
@@ -203,14 +245,16 @@ float* Model::parts(size_t query, int run) const {
 }
 
 // Queries are numbered in the order of heads that share keys, then tokens. A few from `at` on that read the same keys.
-Model::Readers Model::readers(const Call& call, const std::vector<int>& tokens, int at, int end) const {
-  const int group = shape.heads / shape.kv_heads, of_head = static_cast<int>(tokens.size()) * group;
+Model::Readers Model::readers(const Call& call, const Layer& layer, const std::vector<int>& tokens, int at,
+                              int end) const {
+  const int group = layer.heads / layer.kv_heads, of_head = static_cast<int>(tokens.size()) * group;
   Readers found;
-  found.kv_head = at / of_head;
+  found.kv_head = at / of_head, found.first_run = runs_of(shape.context);
   for (int i = at; i < end && found.count < kMostQueries && i / of_head == found.kv_head; ++i) {
     const int token = tokens[i % of_head / group];
     if (found.count && call.rows[token] != call.rows[found.token[0]]) break;
     found.token[found.count] = token, found.head[found.count++] = found.kv_head * group + i % group;
+    found.first_run = std::min(found.first_run, seen_from(layer, call.positions[token]) / kRun);
     found.runs = std::max(found.runs, runs_of(call.positions[token] + 1));
   }
   return found;
@@ -218,31 +262,33 @@ Model::Readers Model::readers(const Call& call, const std::vector<int>& tokens, 
 
 // What tokens attend to, rounded. Of many tokens, each thread takes a share of the queries; of a few, a share of all
 // pairs of a query and a run.
-void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, int thread) {
-  const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = shape.heads / shape.kv_heads;
+void Model::attend(const Call& call, int index, const std::vector<int>& tokens, int thread) {
+  const Layer& layer = layers[index];
+  const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = layer.heads / layer.kv_heads;
   const bool few = count <= kFew;
   const auto merge = [&](int token, int head, size_t query) {
-    const int runs = runs_of(call.positions[token] + 1);
-    kernels.merge(parts(query, 0), runs, d, mixed_.floats(token) + size_t(head) * d);
+    const int position = call.positions[token], first = seen_from(layer, position) / kRun;
+    kernels.merge(parts(query, first), runs_seen(layer, position), d, mixed_.floats(token) + size_t(head) * d);
   };
   int pair = 0, pairs = 0;
-  for (int i = 0; few && i < count; ++i) pairs += runs_of(call.positions[tokens[i]] + 1) * shape.heads;
-  const Range own = share(pairs, thread), all{0, count * shape.heads}, queries = few ? all : share(all.end, thread);
+  for (int i = 0; few && i < count; ++i) pairs += runs_seen(layer, call.positions[tokens[i]]) * layer.heads;
+  const Range own = share(pairs, thread), all{0, count * layer.heads}, queries = few ? all : share(all.end, thread);
   Queries to;
   to.head_dim = d;
   for (int at = queries.begin; at < queries.end;) {
-    const Readers now = readers(call, tokens, at, queries.end);
+    const Readers now = readers(call, layer, tokens, at, queries.end);
     const size_t from = slot(call, layer, now.token[0], now.kv_head), first = few ? at : thread * kMostQueries;
-    for (int run = 0; run < now.runs; ++run) {
+    for (int run = now.first_run; run < now.runs; ++run) {
       to.keys = keys_.elements(from, run * kRun), to.key_scales = keys_.scales(from, run * kRun);
       to.values = values_.elements(from, run * kRun), to.value_scales = values_.scales(from, run * kRun);
       to.count = 0;
       for (int i = 0; i < now.count; ++i) {
-        const int seen = call.positions[now.token[i]] + 1 - run * kRun;
-        if (seen <= 0 || (few && (pair++ < own.begin || pair > own.end))) continue;
-        to.query[to.count] = qkv_ + (size_t(now.token[i]) * (shape.heads + 2 * shape.kv_heads) + now.head[i]) * d;
+        const int position = call.positions[now.token[i]], from = std::max(0, seen_from(layer, position) - run * kRun),
+                  seen = std::min(kRun, position + 1 - run * kRun);
+        if (from >= seen || (few && (pair++ < own.begin || pair > own.end))) continue;
+        to.query[to.count] = qkv_ + now.token[i] * stride_ + size_t(now.head[i]) * d;
         to.part[to.count] = parts(first + i, run);
-        to.seen[to.count++] = std::min(seen, kRun);
+        to.begin[to.count] = from, to.end[to.count++] = seen;
       }
       if (to.count) kernels.attend(to, shape.element);
     }
@@ -252,9 +298,9 @@ void Model::attend(const Call& call, int layer, const std::vector<int>& tokens, 
   team_.wait();
   const auto [begin, end] = share(count, thread);
   for (int i = begin; i < end; ++i) {
-    for (int head = 0; few && head < shape.heads; ++head)
+    for (int head = 0; few && head < layer.heads; ++head)
       merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
-    kernels.quantize(mixed_, tokens[i], 0, shape.heads * d);
+    kernels.quantize(mixed_, tokens[i], 0, layer.heads * d);
   }
   team_.wait();
 }
@@ -286,7 +332,8 @@ void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& to
   kernels.multiply(gate, from, to, normed_, tokens.data(), count, inner_.x, inner_.columns);
   kernels.multiply(up, from, to, normed_, tokens.data(), count, up_, shape.inner);
   for (int token : tokens) {
-    kernels.swiglu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first);
+    kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
+                shape.activation);
     kernels.quantize(inner_, token, first, last);
   }
 }

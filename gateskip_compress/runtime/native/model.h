@@ -1,4 +1,5 @@
-// A model of the Llama family that decodes: blocks of attention and MLP with gates, over a cache of keys and values.
+// A model of the Llama or Gemma 3 family that decodes: blocks of attention and MLP with gates, over a cache of keys and
+// values.
 //
 // A call runs any tokens: one of one sequence (decoding), several of one (a prompt, or drafted tokens to verify), or one
 // of each of several. A token is a row of the cache and a position in it; it sees that row's positions up to its own.
@@ -24,10 +25,12 @@ constexpr int kRescored = 32;  // of the largest logits, by each thread
 struct Surrogate {
   Matrix gate, up, down;
   std::vector<float> offset;
+
+  bool empty() const { return !down.data && offset.empty(); }
 };
 
 struct Branch {
-  std::vector<float> norm;
+  std::vector<float> norm, post;  // before it; of what it gives, or none
   bool gated = false, follows = false;  // a gate of its own, or the decision of the block's attention
   std::vector<float> score;
   float bias = 0;
@@ -37,10 +40,19 @@ struct Branch {
 struct Layer {
   Branch attention, mlp;
   Branch draft_attention, draft_mlp;  // of models that draft with gates of their own
-  Matrix q, k, v, o, gate, up, down;
+  Matrix q, k, v, o, gate, up, down;  // a branch that was taken out has none: its surrogate, if any, is for all tokens
   std::vector<float> q_norm, k_norm;  // per channel of a head, or none
-  bool rotary = true;
-  bool copies = false;  // tokens that skip attention take keys and values of the layer below
+  int rotation = 0;                   // of the model's, or -1
+  int window = 0;                     // positions that a token sees, its own the last; or 0: all
+  bool copies = false;                // tokens that skip attention take keys and values of the layer below
+
+  int heads = 0, kv_heads = 0;  // by `prepare`, and which of a row's kept heads is the first
+  size_t first_head = 0;
+};
+
+// Rotary positions: (context, rotated), of `Shape`.
+struct Rotation {
+  const float *cos = nullptr, *sin = nullptr;
 };
 
 // Rows of `width` floats, as someone else holds them; or of packed codes.
@@ -51,10 +63,12 @@ struct Table {
 };
 
 struct Shape {
-  int width = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, vocabulary = 0;
+  int width = 0, head_dim = 0, inner = 0, vocabulary = 0;
   int rows = 1, context = 0;  // of the cache
   int rotated = 0;            // channels of a head that turn with the position
   float eps = 0, scale = 0;   // of norms; of queries
+  float enlarged = 1;         // what rows of the embedding are multiplied with
+  Activation activation = Activation::silu;
   Element element = Element::f16;  // of the cache
   bool fine = true;  // activations of 16 bits instead of 8
 };
@@ -82,7 +96,7 @@ class Model {
   std::vector<float> norm;
   Matrix head, quick_head;      // (vocabulary, width); the latter, where there is one, finds best tokens alone
   Table embedding, exact_head;  // likewise; the latter corrects the largest logits of `quick_head`; floats, those of `head`
-  const float *cos = nullptr, *sin = nullptr;  // (context, rotated)
+  std::vector<Rotation> rotations;
 
   const Shape shape;
   const Kernels& kernels;
@@ -97,7 +111,7 @@ class Model {
   };
   // Queries that read the same keys.
   struct Readers {
-    int count = 0, kv_head = 0, runs = 0;  // of positions, as many as one of them sees
+    int count = 0, kv_head = 0, first_run = 0, runs = 0;  // of positions, up to `runs`, those that one of them sees
     int token[kMostQueries], head[kMostQueries];
   };
   // Token numbers that one thread looks up in each branch.
@@ -109,7 +123,7 @@ class Model {
   void work(const Call& call, int thread);
   void copy_row(const Table& table, int row, float* to) const;
   void embed(const Call& call, int thread);
-  void enter(const Call& call, const Branch& branch, int index, int thread);
+  void enter(const Call& call, const Branch& branch, bool there, int index, int thread);
   void attention(const Call& call, int layer, int thread);
   void mlp(const Call& call, int layer, int thread);
   void place(const Call& call, int layer, int token, bool kept);
@@ -120,12 +134,13 @@ class Model {
   void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
                 int thread);
   void multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread);
+  void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
   void replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
   void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
 
-  size_t slot(const Call& call, int layer, int token, int head) const;
-  Readers readers(const Call& call, const std::vector<int>& tokens, int at, int end) const;
+  size_t slot(const Call& call, const Layer& layer, int token, int head) const;
+  Readers readers(const Call& call, const Layer& layer, const std::vector<int>& tokens, int at, int end) const;
   float* parts(size_t query, int run) const;  // where what a run of positions gives a query goes
   float* floats(size_t count);
   Activations activations(int columns);
@@ -138,6 +153,8 @@ class Model {
   Activations normed_, mixed_, inner_;
   float *hidden_, *qkv_, *up_, *out_, *parts_, *logits_, *row_;
   std::vector<int32_t> best_;  // (threads, kLogits)
+  size_t kept_heads_ = 0;      // of a row of the cache, in all layers
+  size_t stride_ = 0;          // of `qkv_`
 };
 
 }  // namespace gateskip
