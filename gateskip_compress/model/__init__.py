@@ -30,6 +30,7 @@ from .walk import Enough as Enough
 from .walk import entering as entering
 from .walk import resumable as resumable
 from .walk import resumed as resumed
+from .walk import stream_of as stream_of
 from .walk import walk as walk
 from .widths import Kept as Kept
 from .widths import Width as Width

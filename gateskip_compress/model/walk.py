@@ -68,7 +68,7 @@ def entering(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
     found: list[list[Tensor]] = [[] for _ in blocks(model)]
 
     def hold(index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[index].append(_stream(args, kwargs))
+        found[index].append(stream_of(args, kwargs))
 
     handles = [
         block.register_forward_pre_hook(partial(hold, index), with_kwargs=True)
@@ -108,7 +108,7 @@ def resumable(model: PreTrainedModel, layer: int) -> int:
     return max(at for at, block in enumerate(blocks(model)[: layer + 1]) if not getattr(block, "copies", False))
 
 
-def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What enters a block, out of its arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -139,7 +139,7 @@ def _embedded(model: PreTrainedModel, window: Int[Tensor, "1 t"]) -> Tensor:
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_stream(args, kwargs))
+        found.append(stream_of(args, kwargs))
         raise Enough
 
     handle = blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model import BRANCH_KINDS, blocks, branches, entering, resumable, resumed
+from ..model import BRANCH_KINDS, blocks, branches, entering, resumable, resumed, stream_of
 
 
 @torch.inference_mode()
@@ -48,7 +48,7 @@ class Tries:
         """With the block at `layer` left out."""
 
         def pass_by(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = stream_of(args, kwargs)
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
         with _hooked(blocks(self._model)[layer], pass_by):
