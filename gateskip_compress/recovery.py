@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import add_adapters, merge_adapters
+from .distillation import Distillation, predictions
 from .errors import PipelineError
 from .gating.gate import Gate
-from .losses import cross_entropy, kl_divergence
 from .names import check_choice
 from .quantization.linear import QuantizedLinear, unpacked
 from .step import Context, Record, Stage
 from .text import Passage
-from .training import Batch, scored_logits, train
+from .training import Batch, train
 
 What = Literal["lora", "norms", "all"]
 RATES: dict[What, float] = {"lora": 2e-3, "norms": 1e-3, "all": 2e-4}
@@ -82,15 +82,13 @@ class Recover:
         accelerator = Accelerator(cpu=model.device.type == "cpu")
         whole = self.batch * accelerator.num_processes * sum(len(passage.ids) for passage in passages) / len(passages)
 
+        distance = Distillation(passages, context.seed, 1.0, self.cross_entropy)
+
         def loss(batch: Batch, step: int) -> tuple[Tensor, int]:
-            del step
             with torch.no_grad():
-                reference = scored_logits(original, batch)
-            logits = scored_logits(model, batch)
-            total = kl_divergence(reference, logits).sum()
-            if self.cross_entropy > 0:
-                total = total + self.cross_entropy * cross_entropy(logits, batch.ids[batch.scored]).sum()
-            return total, len(logits)
+                reference = predictions(original, batch)
+            targets = batch.ids[batch.scored]
+            return distance(predictions(model, batch), reference, targets, step), len(targets)
 
         if self.what == "lora":
             add_adapters(model, context.seed)

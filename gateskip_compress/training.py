@@ -22,7 +22,6 @@ from jaxtyping import Bool, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .errors import TrainingError
 from .step import Context
@@ -60,14 +59,6 @@ def collate(passages: Sequence[Passage], device: torch.device) -> Batch:
         real[row, : len(passage.ids)] = True
         scored[row, : len(passage.ids)] = passage.scored
     return Batch(ids.to(device), real.to(device), scored.to(device))
-
-
-def scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Predictions of the batch's scored tokens, (n, v), float32."""
-    columns = batch.scored.any(0).nonzero().squeeze(1)
-    mask = None if bool(batch.real.all()) else batch.real.long()
-    logits = model(batch.ids, attention_mask=mask, use_cache=False, logits_to_keep=columns - 1).logits
-    return logits[batch.scored[:, columns]].float()
 
 
 def train(

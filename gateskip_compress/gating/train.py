@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters import add_adapters, merge_adapters
-from ..losses import cross_entropy, gate_kl, gate_l1, gate_l2, kl_divergence
+from ..distillation import Distillation, predictions
+from ..losses import gate_kl, gate_l1, gate_l2
 from ..model import blocks
 from ..names import check_choice
 from ..step import Context, Record
 from ..text import Passage
-from ..training import Batch, scored_logits, train
+from ..training import Batch, train
 from .calibrate import Allocation, everywhere, floor, observe, spent, thresholds_for
 from .dial import RUN_ALL, How
 from .gate import Gate
@@ -139,6 +140,7 @@ def train_gates(
     teacher = deepcopy(model) if training.train in ("lora", "all") else model
     if training.train == "lora":
         add_adapters(model, context.seed)
+    distance = Distillation(passages, context.seed, training.distillation, training.cross_entropy)
     dial = dial_of(model)
     before, how = dial.thresholds, dial.how
     learning: How = "soft" if _gate_rate(model, training) > 0 else "compact"
@@ -164,24 +166,21 @@ def train_gates(
     def forward(batch: Batch, step: int) -> tuple[Tensor, int]:
         context_tokens = batch.ids.shape[1]
         with torch.no_grad(), as_teacher(teacher):
-            reference = scored_logits(teacher, batch) if training.distillation > 0 else None
+            reference = predictions(teacher, batch) if training.distillation > 0 else None
         # backward passes may recompute blocks: what they read of the dial must stay as it is now
         dial.how, dial.thresholds, dial.spreads = learning, tuple(state["thresholds"]), tuple(state["spreads"])
         with decisions(model) as seen:
-            logits = scored_logits(model, batch)
-        total = logits.new_zeros(())
-        if reference is not None:
-            total = total + training.distillation * kl_divergence(reference, logits).sum()
-        if training.cross_entropy > 0:
-            total = total + training.cross_entropy * cross_entropy(logits, batch.ids[batch.scored]).sum()
+            found = predictions(model, batch)
+        targets = batch.ids[batch.scored]
+        total = distance(found, reference, targets, step)
         target = training.budget_at(step, final)
         if training.gate_loss != "none":
-            total = total + training.gate_weight * len(logits) * _gate_loss(training.gate_loss, seen, batch, target)
+            total = total + training.gate_weight * len(targets) * _gate_loss(training.gate_loss, seen, batch, target)
         rows = [row for part in gather_object(_rows(seen, batch)) for row in part]
         state["budgets"].append(spent(model, rows, context_tokens).budget)
         if final < 1:
             state["thresholds"], state["spreads"] = aim(rows, step + 1, context_tokens), _spreads(model, rows)
-        return total, len(logits)
+        return total, len(targets)
 
     def describe() -> str:
         return f"train gates, budget {state['budgets'][-1]:.2f}" if state["budgets"] else "train gates"

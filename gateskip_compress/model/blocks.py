@@ -108,7 +108,10 @@ class ReadOut:
 
     def logits(self, normed: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """Logits, of what the final norm gives."""
-        logits = self.head(normed)
+        return self.capped(self.head(normed))
+
+    def capped(self, logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+        """Logits, of what the head gives."""
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 

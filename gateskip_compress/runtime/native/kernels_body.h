@@ -8,6 +8,7 @@
 // products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -163,53 +164,101 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
   }
 }
 
-// Four sums a token, so that one addition need not wait for the last.
-template <class V, Kind K, int T>
-inline void float_block(const Matrix& m, const uint8_t* at, const Activations& a, const int* tokens, F<V> (&y)[T]) {
-  F<V> sums[T][4] = {};
-  const auto add = [&](int column, int i) {
-    F<V> w;
-    if constexpr (K == Kind::bf16)
-      w = V::bf16(reinterpret_cast<const uint16_t*>(at) + size_t(column) * V::lanes);
-    else
-      w = V::load(reinterpret_cast<const float*>(at) + size_t(column) * V::lanes);
-    for (int t = 0; t < T; ++t) sums[t][i] = V::fma(w, V::set(a.floats(tokens[t])[column]), sums[t][i]);
-  };
-  int column = 0;
-  for (; column + 4 <= m.columns; column += 4)
-    for (int i = 0; i < 4; ++i) add(column + i, i);
-  for (int i = 0; column + i < m.columns; ++i) add(column + i, i);
-  for (int t = 0; t < T; ++t) y[t] = y[t] + ((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
-}
-
 template <Kind K>
 constexpr bool coded = K == Kind::int4 || K == Kind::int8;
+
+template <class V>
+inline F<V> start(const Matrix& m, int block) {
+  return m.bias ? V::load(m.bias + block * V::lanes) : V::set(0);
+}
+
+// A block's rows of a token.
+template <class V>
+inline void put(const Matrix& m, int block, F<V> y, float* row) {
+  float* to = row + block * V::lanes;
+  const int left = m.rows - block * V::lanes;
+  if (left >= V::lanes) return V::store(to, y);
+  float lane[V::lanes];
+  V::store(lane, y);
+  std::memcpy(to, lane, sizeof(float) * left);
+}
 
 template <class V, Kind K, bool fine, int T>
 inline void block_times(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
                         size_t stride) {
-  const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
-  const int row = block * V::lanes;
   F<V> y[T];
-  for (int t = 0; t < T; ++t) y[t] = m.bias ? V::load(m.bias + row) : V::set(0);
-  if constexpr (!coded<K>)
-    float_block<V, K, T>(m, at, a, tokens, y);
-  else
-    coded_block<V, K, T, fine>(m, at, a, tokens, y);
-  for (int t = 0; t < T; ++t) {
-    float* to = out + tokens[t] * stride + row;
-    if (row + V::lanes <= m.rows) {
-      V::store(to, y[t]);
-    } else {
-      float lane[V::lanes];
-      V::store(lane, y[t]);
-      std::memcpy(to, lane, sizeof(float) * (m.rows - row));
+  for (int t = 0; t < T; ++t) y[t] = start<V>(m, block);
+  coded_block<V, K, T, fine>(m, m.data + block * block_bytes(m, V::lanes), a, tokens, y);
+  for (int t = 0; t < T; ++t) put<V>(m, block, y[t], out + tokens[t] * stride);
+}
+
+// B blocks of rows times T tokens, column by column: as many sums are under way as additions take cycles.
+template <class V, Kind K, int B, int T>
+inline void float_blocks(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
+                         size_t stride) {
+  using E = std::conditional_t<K == Kind::bf16, uint16_t, float>;
+  const size_t apart = size_t(m.columns) * V::lanes;  // blocks
+  const E* at = reinterpret_cast<const E*>(m.data) + block * apart;
+  const float* x[T];
+  F<V> y[B][T];
+  unrolled<T>([&](auto t) { x[t] = a.floats(tokens[t]); });
+  unrolled<B>([&](auto b) { unrolled<T>([&](auto t) { y[b][t] = start<V>(m, block + b); }); });
+  for (int column = 0; column < m.columns; ++column, at += V::lanes) {
+    F<V> w[B];
+    unrolled<B>([&](auto b) {
+      if constexpr (K == Kind::bf16)
+        w[b] = V::bf16(at + b * apart);
+      else
+        w[b] = V::load(at + b * apart);
+    });
+    unrolled<T>([&](auto t) {
+      const F<V> factor = V::set(x[t][column]);
+      unrolled<B>([&](auto b) { y[b][t] = V::fma(w[b], factor, y[b][t]); });
+    });
+  }
+  unrolled<B>([&](auto b) {
+    unrolled<T>([&](auto t) { put<V>(m, block + b, y[b][t], out + tokens[t] * stride); });
+  });
+}
+
+// B blocks times all tokens, in parts as alike as can be.
+template <class V, Kind K, int B>
+inline void float_tokens(const Matrix& m, int block, const Activations& a, const int* tokens, int count, float* out,
+                         size_t stride) {
+  for (int parts = (count + 5) / 6; parts; --parts) {
+    const int part = (count + parts - 1) / parts;
+    switch (part) {
+      case 1: float_blocks<V, K, B, 1>(m, block, a, tokens, out, stride); break;
+      case 2: float_blocks<V, K, B, 2>(m, block, a, tokens, out, stride); break;
+      case 3: float_blocks<V, K, B, 3>(m, block, a, tokens, out, stride); break;
+      case 4: float_blocks<V, K, B, 4>(m, block, a, tokens, out, stride); break;
+      case 5: float_blocks<V, K, B, 5>(m, block, a, tokens, out, stride); break;
+      case 6: float_blocks<V, K, B, 6>(m, block, a, tokens, out, stride); break;
     }
+    tokens += part, count -= part;
   }
 }
 
+template <class V, Kind K>
+void multiply_floats(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+                     float* out, size_t stride) {
+  int block = begin;
+  const auto times = [&](auto B, auto T) {  // sums, weights and a factor fit 16 registers
+    for (; block + B <= end; block += B) float_blocks<V, K, B, T>(m, block, a, tokens, out, stride);
+  };
+  using std::integral_constant;
+  switch (count) {
+    case 1: times(integral_constant<int, 8>(), integral_constant<int, 1>()); break;
+    case 2: times(integral_constant<int, 4>(), integral_constant<int, 2>()); break;
+    case 3: times(integral_constant<int, 3>(), integral_constant<int, 3>()); break;
+    case 4: times(integral_constant<int, 3>(), integral_constant<int, 4>()); break;
+  }
+  for (; block + 2 <= end; block += 2) float_tokens<V, K, 2>(m, block, a, tokens, count, out, stride);
+  if (block < end) float_tokens<V, K, 1>(m, block, a, tokens, count, out, stride);
+}
+
 template <class V, Kind K, bool fine>
-void multiply_kind(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
+void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
                    size_t stride) {
   for (int block = begin; block < end; ++block) {
     int t = 0;
@@ -234,9 +283,12 @@ void multiply(const Matrix& m, int begin, int end, const Activations& a, const i
               size_t stride) {
   const auto of_kind = [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
-    if constexpr (coded<K>)
-      if (a.fine) return multiply_kind<V, K, true>(m, begin, end, a, tokens, count, out, stride);
-    multiply_kind<V, K, false>(m, begin, end, a, tokens, count, out, stride);
+    if constexpr (!coded<K>)
+      multiply_floats<V, K>(m, begin, end, a, tokens, count, out, stride);
+    else if (a.fine)
+      multiply_codes<V, K, true>(m, begin, end, a, tokens, count, out, stride);
+    else
+      multiply_codes<V, K, false>(m, begin, end, a, tokens, count, out, stride);
   };
   switch (m.kind) {
     case Kind::int4: return of_kind(std::integral_constant<Kind, Kind::int4>());
