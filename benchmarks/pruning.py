@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--recover-minutes", type=float, default=0.0)
     parser.add_argument("--recover", default="all", help="what is trained: lora, norms or all")
+    parser.add_argument("--batch", type=int, default=4, help="passages of 256 tokens a step of the recovery")
     parser.add_argument("--rate", type=float, help="learning rate of the recovery, instead of its default")
     parser.add_argument("--cross-entropy", type=float, default=1.0, help="its weight in the recovery")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds")
@@ -95,7 +96,7 @@ def main() -> None:
                 model, seconds = cut(original, tokenizer, METHODS[method], share, context)
                 rows(method, share, model, seconds)
                 if given.recover_minutes:
-                    step = g.Recover(what=given.recover, rate=given.rate, cross_entropy=given.cross_entropy)
+                    step = g.Recover(1, given.recover, given.batch, given.rate, given.cross_entropy)
                     step = paced(model, step, given.recover_minutes, context)
                     began = time.perf_counter()
                     apply(step, model, context)

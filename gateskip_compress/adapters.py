@@ -1,6 +1,9 @@
 """LoRA adapters, by peft: small matrices trained beside frozen ones, added to them in the end (arXiv 2106.09685)."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import GateSkipError
@@ -19,6 +22,14 @@ def add_adapters(model: PreTrainedModel, seed: int) -> None:
     inject_adapter_in_model(
         LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(linears(model))), model
     )
+
+
+def adapters(model: PreTrainedModel) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+    """Each weight that is adapted, and what adapts it."""
+    for module in model.modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if weight is not None:
+            yield weight, [p for name, p in module.named_parameters() if ".lora_" in f".{name}"]
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
