@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PROMPT, NEW = 512, 32
 """Tokens that are timed."""
-PACE_STEPS = 4
+PACE_STEPS = 8
 NATIVE_HEAD_BYTES = 1 / 2 + 5 / 64
 """Of the copy that greedy tokens are found with: 4 bits, and a scale and a zero point for 64 of them."""
 
