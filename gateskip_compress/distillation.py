@@ -8,8 +8,8 @@ in the forward pass already; the backward pass hands on what these say of the hi
 
 Nor is every token of such a vocabulary worth its multiply-adds, which are most of what training a small model takes.
 Where passages use few of them, the loss is over those and over as many others, drawn anew for each step; each of these
-stands for its share of all others, by a logarithm added to its logit (sampled softmax, arXiv 1412.2007 eq. 9, with a
-uniform proposal and the used tokens always in; theirs draws negatives for cross-entropy alone).
+stands for its share of all others, by a logarithm added to its logit: sampled softmax (arXiv 1412.2007, there for
+cross-entropy alone), with the used tokens always in and the others all as likely.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,6 @@ _LOGITS = 2**26
 """That are there at a time, 256 MiB of float32: fewer mean more passes over the head's gradient."""
 _MANY = 4
 """A vocabulary so many times as large as what passages use of it is not gone through whole."""
-
 
 Logits = Callable[..., Tensor]
 """Rows of hidden states and weights of the head -> logits."""
@@ -72,7 +71,7 @@ class Distillation:
     """
 
     def __init__(self, passages: Sequence[Passage], seed: int, distillation: float, cross_entropy: float) -> None:
-        self._used = torch.cat([passage.ids for passage in passages]).unique()
+        self._used = torch.cat([passage.ids for passage in passages]).unique().cpu()
         self._seed, self._distillation, self._cross_entropy = seed, distillation, cross_entropy
 
     def __call__(
