@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=47_104, help="that each recovery learns from")
     parser.add_argument("--batch", type=int, default=4, help="passages of 256 tokens")
     parser.add_argument("--what", nargs="+", default=["all"], help="lora, norms or all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="see `Recover`")
     parser.add_argument("--cross-entropies", nargs="+", type=float, default=[0.0, 0.3, 1.0, 3.0])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

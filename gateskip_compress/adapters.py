@@ -1,6 +1,7 @@
 """LoRA adapters, by peft: small matrices trained beside frozen ones, added to them in the end (arXiv 2106.09685)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ def add_adapters(model: PreTrainedModel, seed: int) -> None:
 
 def adapters(model: PreTrainedModel) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
     """Each weight that is adapted, and what adapts it."""
+    from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports] an extra
+
     for module in model.modules():
-        weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if weight is not None:
-            yield weight, [p for name, p in module.named_parameters() if ".lora_" in f".{name}"]
+        if isinstance(module, LoraLayer):
+            base: Any = module.get_base_layer()
+            yield base.weight, [p for name, p in module.named_parameters() if name.startswith("lora_")]
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

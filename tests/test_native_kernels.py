@@ -87,7 +87,7 @@ def test_extreme_codes_do_not_overflow(kernels, kind):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f32"])
-@given(rows=st.integers(1, 40), columns=st.integers(1, 70), count=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+@given(rows=st.integers(1, 140), columns=st.integers(1, 70), count=st.integers(1, 14), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=12, deadline=None)
 def test_products_of_floats(kind, rows, columns, count, seed):
     rng = np.random.default_rng(seed)
@@ -114,11 +114,11 @@ def test_tokens_together_give_the_bits_of_tokens_alone(kernels, kind, fine):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((11, 104)).astype(np.float32)
     if kind.startswith("int"):
-        codes, scale, zero, _ = random_codes(rng, 37, 104, 64, int(kind[3:]))
+        codes, scale, zero, _ = random_codes(rng, 101, 104, 64, int(kind[3:]))
         matrix = packed(kernels, kind, codes, scale, zero, 64)
     else:
-        weight = rng.standard_normal((37, 104)).astype(np.float32)
-        matrix = native.HeldMatrix(kernels, kind, 37, 104, 32, native.pack_floats(kernels, kind, weight))
+        weight = rng.standard_normal((101, 104)).astype(np.float32)
+        matrix = native.HeldMatrix(kernels, kind, 101, 104, 32, native.pack_floats(kernels, kind, weight))
     together = native.multiply(kernels, matrix, x, fine)
     alone = [native.multiply(kernels, matrix, row[None], fine)[0] for row in x]
     assert np.array_equal(together, np.stack(alone))

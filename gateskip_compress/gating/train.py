@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapters import add_adapters, merge_adapters
+from ..adapters import adapters, add_adapters, merge_adapters
 from ..distillation import Distillation, predictions
 from ..losses import gate_kl, gate_l1, gate_l2
 from ..model import blocks
@@ -248,7 +248,7 @@ def _groups(model: PreTrainedModel, training: Training) -> list[tuple[list[nn.Pa
     if training.train != "gates":
         groups.append(([p for p in model.parameters() if p in surrogates], training.surrogate_rate))
     if training.train == "lora":
-        groups.append(([p for name, p in model.named_parameters() if ".lora_" in name], training.rate))
+        groups.append(([p for _, learning in adapters(model) for p in learning], training.rate))
     if training.train == "all":
         groups.append(([p for p in model.parameters() if p not in of_gates], training.rate))
     if not any(parameters for parameters, _ in groups):

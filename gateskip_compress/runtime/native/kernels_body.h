@@ -258,8 +258,8 @@ void multiply_floats(const Matrix& m, int begin, int end, const Activations& a, 
 }
 
 template <class V, Kind K, bool fine>
-void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
-                   size_t stride) {
+void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+                    float* out, size_t stride) {
   for (int block = begin; block < end; ++block) {
     int t = 0;
     for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out, stride);
