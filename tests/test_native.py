@@ -81,12 +81,12 @@ def test_llama3_positions_and_untied_heads_equal_transformers():
     torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=5e-5)
 
 
-def round_chunks(_module, inputs):
-    """Chunks of 32 to 255 even steps, as `native/kernels.h` says."""
+def round_spans(_module, inputs):
+    """Spans of 64 to 255 even steps, as `native/kernels.h` says."""
     (x,) = inputs
-    chunks = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    step = chunks.abs().amax(-1, keepdim=True) / 127
-    return ((chunks / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+    spans = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    step = spans.abs().amax(-1, keepdim=True) / 127
+    return ((spans / step).round() * step).flatten(-2)[..., : x.shape[-1]]
 
 
 def rms(difference):
@@ -102,7 +102,7 @@ def test_on_the_same_codes_all_error_is_rounding_of_activations(bits, symmetric,
     expected = torch_logits(model, ids)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.register_forward_pre_hook(round_chunks)
+            module.register_forward_pre_hook(round_spans)
     explained = rms(torch_logits(model, ids) - expected)
     # not the same error: a value at the edge of a step falls either way, and what comes after differs
     assert rms(own[8] - expected) < 1.5 * explained

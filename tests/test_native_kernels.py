@@ -1,5 +1,7 @@
 """Each kernel that this machine can run, against a naive float64 loop over the numbers that it was given."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,9 +55,9 @@ def packed(kernels, kind, codes, scale, zero, group, bias=None):
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 @given(
     rows=st.integers(1, 40),
-    columns=st.integers(1, 23).map(lambda eighth: 8 * eighth),
-    group=st.sampled_from([32, 64, 128]),
-    count=st.integers(1, 9),
+    columns=st.one_of(st.integers(1, 23).map(lambda eighth: 8 * eighth), st.sampled_from([64, 128, 192, 320])),
+    group=st.sampled_from([32, 64, 96, 128]),
+    count=st.integers(1, 35),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=12, deadline=None)
@@ -76,14 +78,14 @@ def test_products_of_codes(kind, fine, rows, columns, group, count, seed):
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_extreme_codes_do_not_overflow(kernels, kind):
     """All codes and activations at their ends: what 16-bit sums inside a kernel must hold."""
-    most, columns = (15, 160) if kind == "int4" else (255, 160)
-    for code in (0, most):
+    most, columns = (15, 192) if kind == "int4" else (255, 192)
+    for code, count in product((0, most), (3, 20)):
         codes = np.full((9, columns), code, dtype=np.uint8)
         scale, zero = np.ones((9, 2), dtype=np.float32), np.full((9, 2), most - code, dtype=np.uint8)
         for sign in (1, -1):
-            x = np.full((3, columns), 127 * sign, dtype=np.float32)
+            x = np.full((count, columns), 127 * sign, dtype=np.float32)
             found = native.multiply(kernels, packed(kernels, kind, codes, scale, zero, 128), x, False)
-            assert np.array_equal(found, np.full((3, 9), 127.0 * sign * columns * (2 * code - most)))
+            assert np.array_equal(found, np.full((count, 9), 127.0 * sign * columns * (2 * code - most)))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f32"])
@@ -110,18 +112,19 @@ def nearest_bf16(value):
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f32"])
 @pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])
-def test_tokens_together_give_the_bits_of_tokens_alone(kernels, kind, fine):
+@pytest.mark.parametrize(("columns", "group"), [(104, 64), (192, 64), (192, 128), (320, 192)])
+def test_tokens_together_give_the_bits_of_tokens_alone(kernels, kind, fine, columns, group):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((11, 104)).astype(np.float32)
+    x = rng.standard_normal((37, columns)).astype(np.float32)
     if kind.startswith("int"):
-        codes, scale, zero, _ = random_codes(rng, 101, 104, 64, int(kind[3:]))
-        matrix = packed(kernels, kind, codes, scale, zero, 64)
+        codes, scale, zero, _ = random_codes(rng, 101, columns, group, int(kind[3:]))
+        matrix = packed(kernels, kind, codes, scale, zero, group)
     else:
-        weight = rng.standard_normal((101, 104)).astype(np.float32)
-        matrix = native.HeldMatrix(kernels, kind, 101, 104, 32, native.pack_floats(kernels, kind, weight))
-    together = native.multiply(kernels, matrix, x, fine)
-    alone = [native.multiply(kernels, matrix, row[None], fine)[0] for row in x]
-    assert np.array_equal(together, np.stack(alone))
+        weight = rng.standard_normal((101, columns)).astype(np.float32)
+        matrix = native.HeldMatrix(kernels, kind, 101, columns, 32, native.pack_floats(kernels, kind, weight))
+    alone = np.stack([native.multiply(kernels, matrix, row[None], fine)[0] for row in x])
+    for count in (2, 3, 4, 11, 16, 37):
+        assert np.array_equal(native.multiply(kernels, matrix, x[:count], fine), alone[:count])
 
 
 @given(width=st.integers(1, 100), power=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
@@ -136,7 +139,8 @@ def test_rounding_of_activations(width, power, seed):
         for row in range(2):
             for chunk in range(scale.shape[1]):
                 part = x[row, 32 * chunk : 32 * chunk + 32].astype(float)
-                step = np.abs(part).max() / 127
+                span = chunk // 2 * 64
+                step = np.abs(x[row, span : span + 64].astype(float)).max() / 127
                 assert np.isclose(scale[row, chunk], step / 254, rtol=1e-6, atol=0)
                 for i, value in enumerate(part):
                     own = q[row, 32 * chunk + i]

@@ -22,7 +22,8 @@ struct AvxVnni : Avx2 {
   struct Sum4 {
     __m256i sum;
     Sum4() : sum(_mm256_setzero_si256()) {}
-    void add(__m256i w, __m256i q) { sum = _mm256_dpbusd_avx_epi32(sum, w, q); }
+    void add(__m256i w, __m256i q) { sum = in_order(_mm256_dpbusd_avx_epi32(sum, w, q)); }
+    void widen() {}
     F value() const { return _mm256_cvtepi32_ps(sum); }
   };
   using Sum8 = Sum4;

@@ -8,12 +8,12 @@
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
 //
-// Activations are rounded in chunks of 32 that share a scale: to 8 bits, x = scale * q, or to 16, what the first rounding
+// Activations are rounded in spans of 64 that share a scale: to 8 bits, x = scale * q, or to 16, what the first rounding
 // left being rounded once more, 254 * q + fine in place of q. With codes w, zero points z and weight scales s of a group,
 //
-//   y = bias + sum over groups of s * (sum over chunks of scale * (w · q) - z * sum over chunks of scale * sum(q))
+//   y = bias + sum over groups of s * (sum over spans of scale * (w · q) - z * sum over spans of scale * sum(q))
 //
-// Sums over a chunk are exact integers, rounded once to float. Every float operation of a token is done in the same order
+// Sums over a span, or over a chunk of 32 where groups are not whole spans, are exact integers, rounded once to float. Every float operation of a token is done in the same order
 // however many tokens there are in a call, so k tokens in one call give the bits of k calls: speculation rests on it.
 // The files are compiled without contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
@@ -24,7 +24,8 @@
 
 namespace gateskip {
 
-constexpr int kChunk = 32;       // activations that share a scale
+constexpr int kChunk = 32;       // columns that are taken together: weights and activations are padded to whole ones
+constexpr int kSpan = 64;        // activations that share a scale
 constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 constexpr int kRun = 256;        // positions that it takes; a multiple of kMostLanes
@@ -49,7 +50,7 @@ struct Activations {
   int8_t* q = nullptr;
   int8_t* fine = nullptr;   // or none: 8 bits
   int16_t* wide = nullptr;  // kCoarser * q + fine; of four columns 0, 2, 1, 3; for kernels that read pairs
-  float* scale = nullptr;  // per chunk
+  float* scale = nullptr;  // per chunk; the same in a span
   float* sum = nullptr;    // per chunk: scale * the sum of its codes
 
   int chunks() const { return columns / kChunk; }
@@ -78,8 +79,8 @@ struct Kernels {
   // Rows of the blocks [begin, end) for the tokens listed: out[token * stride + row].
   void (*multiply)(const Matrix&, int begin, int end, const Activations&, const int* tokens, int count, float* out,
                    size_t stride);
-  // Rounds a token's floats from column `begin`, the first of a chunk, to `end`, and zeros the rest of the last chunk.
-  // An infinite or undefined value makes its chunk's scale undefined, and so every output.
+  // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk.
+  // An infinite or undefined value makes its span's scale undefined, and so every output.
   void (*quantize)(const Activations&, int token, int begin, int end);
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
@@ -97,7 +98,7 @@ struct Kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GATESKIP_X86 1
-extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
+extern const Kernels amx_kernels, avx512_kernels, avxvnni_kernels, avx2_kernels;
 #else
 #define GATESKIP_X86 0
 #endif
@@ -113,6 +114,9 @@ inline int padded(int value, int step) { return (value + step - 1) / step * step
 inline int runs_of(int positions) { return padded(positions, kRun) / kRun; }
 
 inline int groups(const Matrix& m) { return (m.columns + m.group - 1) / m.group; }
+
+// Whether sums run over whole spans.
+inline bool spans(const Matrix& m) { return m.group % kSpan == 0; }
 
 inline size_t block_bytes(const Matrix& m, int lanes) {
   if (m.kind == Kind::bf16) return size_t(m.columns) * lanes * 2;

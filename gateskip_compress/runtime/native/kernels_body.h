@@ -2,8 +2,8 @@
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
 // of them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
-// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations. Where
-// `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
+// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations and are
+// widened after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
 // two, crossed the columns 0, 2, 1, 3 of each four, pair two activations in all lanes, add_products a sum and their
 // products, and whole floats of integers.
 #include <cmath>
@@ -99,23 +99,21 @@ struct Coded<V, Kind::int8> {
   }
 };
 
-// The codes of a chunk times one token's, for every row of the block: a whole number.
-template <class V, Kind K>
-inline F<V> codes_dot(const typename V::Codes (&codes)[8], const int8_t* q) {
-  typename Coded<V, K>::Sum sum;
-  for (int i = 0; i < 8; ++i) sum.add(codes[i], V::quad(q + 4 * i));
-  return sum.value();
+// Compilers do not read ahead of here, into registers that they lack.
+inline const uint8_t* later(const uint8_t* at) {
+  asm("" : "+r"(at));
+  return at;
 }
 
-// The same for T tokens, `fine` codes too. Either the chunk's codes stay in registers while the tokens pass, or, for
-// 16-bit activations as they are, the tokens' sums while the codes pass.
-template <class V, Kind K, int T, bool fine>
+// The codes of S chunks times those of T tokens, whose sums stay in registers while the codes pass: whole numbers.
+template <class V, Kind K, int T, bool fine, int S>
 inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const Activations& a,
                                                       const size_t (&places)[T], F<V> (&dots)[T]) {
   using C = Coded<V, K>;
   if constexpr (fine && V::paired) {
     typename V::I sum[T];
     unrolled<T>([&](auto t) { sum[t] = typename V::I{}; });
+    static_assert(S == 1);
     unrolled<kChunk / C::columns>([&](auto v) {
       unrolled<C::columns / 2>([&](auto i) {
         const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
@@ -126,12 +124,23 @@ inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const A
     });
     unrolled<T>([&](auto t) { dots[t] = V::whole(sum[t]); });
   } else {
-    typename V::Codes codes[8];
-    C::load(at, codes);
+    typename C::Sum sum[T], rest[T];
+    unrolled<S>([&](auto chunk) {
+      typename V::Codes codes[8];
+      C::load(at, codes);
+      at = later(at + C::bytes);
+      unrolled<T>([&](auto t) {
+        const size_t place = (places[t] + chunk) * kChunk;
+        for (int i = 0; i < 8; ++i) sum[t].add(codes[i], V::quad(a.q + place + 4 * i));
+        sum[t].widen();
+        if constexpr (!fine) return;
+        for (int i = 0; i < 8; ++i) rest[t].add(codes[i], V::quad(a.fine + place + 4 * i));
+        rest[t].widen();
+      });
+    });
     unrolled<T>([&](auto t) {
-      dots[t] = codes_dot<V, K>(codes, a.q + places[t] * kChunk);
-      if constexpr (fine)
-        dots[t] = V::fma(dots[t], V::set(kCoarser), codes_dot<V, K>(codes, a.fine + places[t] * kChunk));
+      dots[t] = sum[t].value();
+      if constexpr (fine) dots[t] = V::fma(dots[t], V::set(kCoarser), rest[t].value());
     });
   }
 }
@@ -151,15 +160,19 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
     float shift[T];
     unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
     const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
-    for (; chunk < end; ++chunk, at += C::bytes) {
-      for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
+    const auto take = [&](auto S) {
+      for (int ahead = 0; ahead < S * C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
       F<V> dots[T];
-      chunk_dots<V, K, T, fine>(at, a, places, dots);
+      chunk_dots<V, K, T, fine, S>(at, a, places, dots);
       unrolled<T>([&](auto t) {
         part[t] = V::fma(dots[t], V::set(a.scale[places[t]]), part[t]);
-        shift[t] += a.sum[places[t]++];
+        for (int i = 0; i < S; ++i) shift[t] += a.sum[places[t]++];
       });
-    }
+      chunk += S, at += S * C::bytes;
+    };
+    if constexpr (!(fine && V::paired))
+      while (spans(m) && chunk + 2 <= end) take(std::integral_constant<int, 2>());
+    while (chunk < end) take(std::integral_constant<int, 1>());
     unrolled<T>([&](auto t) { y[t] = V::fma(V::fma(-z, V::set(shift[t]), part[t]), s, y[t]); });
   }
 }
@@ -319,6 +332,23 @@ inline int round_chunk(float (&x)[kChunk], float back, int32_t (&codes)[kChunk])
   return sum;
 }
 
+// The largest absolute value, by bits, of which those of what is undefined are larger still.
+template <class V>
+inline float largest(const float* x, int count) {
+  using I = typename V::I;
+  I most = {};
+  for (int i = 0; i < count; i += V::lanes) {
+    const I size = (I)V::load(x + i) & 0x7fffffff;
+    most = size > most ? size : most;
+  }
+  int32_t lane[V::lanes], top = 0;
+  std::memcpy(lane, &most, sizeof most);
+  for (int32_t size : lane) top = size > top ? size : top;
+  float value;
+  std::memcpy(&value, &top, sizeof value);
+  return value;
+}
+
 // A loop by itself, which compilers turn into vectors.
 template <class To>
 inline void narrow(const int32_t (&codes)[kChunk], To* to) {
@@ -329,25 +359,19 @@ template <class V>
 void quantize(const Activations& a, int token, int begin, int end) {
   float* from = a.floats(token);
   for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
+  float top = 0, scale = 0;
   for (int column = begin; column < end; column += kChunk) {
-    float x[kChunk];  // by whole vectors: what `memcpy` stores in halves would have to reach memory before it is loaded
-    F<V> most = V::set(0), poison = V::set(0);
-    for (int i = 0; i < kChunk; i += V::lanes) {
-      const F<V> v = V::load(from + column + i);
-      V::store(x + i, v);
-      most = larger<V>(most, larger<V>(v, -v));
-      poison = V::fma(v, V::set(0), poison);
+    if ((column - begin) % kSpan == 0) {
+      top = largest<V>(from + column, padded(end, kChunk) - column < kSpan ? kChunk : kSpan);
+      scale = (top / 127 + top * 0) / static_cast<float>(a.fine ? kCoarser : 1);
     }
-    float lane[V::lanes], top = 0;
-    V::store(lane, most);
-    for (float value : lane) top = value > top ? value : top;
+    float x[kChunk];  // by whole vectors: what `memcpy` stores in halves would have to reach memory before it is loaded
+    for (int i = 0; i < kChunk; i += V::lanes) V::store(x + i, V::load(from + column + i));
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
-    float scale = top / 127 + total<V>(poison);
     int32_t q[kChunk], fine[kChunk];
     int sum = round_chunk<V>(x, top > 0 ? 127 / top : 0, q);
     narrow(q, a.q + place * kChunk);
     if (a.fine) {
-      scale /= kCoarser;
       sum = kCoarser * sum + round_chunk<V>(x, kCoarser, fine);
       narrow(fine, a.fine + place * kChunk);
       if constexpr (V::paired) {  // in place of `q`, which is stored by now

@@ -323,10 +323,10 @@ void Model::multiply_add(const Matrix& m, const Activations& from, const std::ve
   }
 }
 
-// Whole chunks of channels to each thread, so that it can round them at once.
+// Whole spans of channels to each thread, so that it can round them at once.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
-  const auto [begin, end] = share(padded(gate.rows, kChunk) / kChunk, thread);
-  const int first = begin * kChunk, last = std::min(end * kChunk, gate.rows), lanes = kernels.lanes;
+  const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
+  const int first = begin * kSpan, last = std::min(end * kSpan, gate.rows), lanes = kernels.lanes;
   if (first >= last) return;
   const int from = first / lanes, to = (last + lanes - 1) / lanes, count = static_cast<int>(tokens.size());
   kernels.multiply(gate, from, to, normed_, tokens.data(), count, inner_.x, inner_.columns);

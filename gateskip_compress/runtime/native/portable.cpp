@@ -61,13 +61,16 @@ struct Portable {
   static I halves(Shorts s) { return ((I)s << 16 >> 16) + ((I)s >> 16); }
   // 16-bit sums, which 8 times 2 products of 15 * 127 fit.
   struct Sum4 {
-    Shorts sum = {};
-    void add(Codes w, Quad q) { sum += even(w) * q.even + odd(w) * q.odd; }
-    F value() const { return __builtin_convertvector(halves(sum), F); }
+    I sum = {};
+    Shorts narrow = {};
+    void add(Codes w, Quad q) { narrow += even(w) * q.even + odd(w) * q.odd; }
+    void widen() { sum += halves(narrow), narrow = Shorts{}; }
+    F value() const { return __builtin_convertvector(sum, F); }
   };
   struct Sum8 {
     I sum = {};
     void add(Codes w, Quad q) { sum += halves(even(w) * q.even) + halves(odd(w) * q.odd); }
+    void widen() {}
     F value() const { return __builtin_convertvector(sum, F); }
   };
   static constexpr float middle8 = 0;

@@ -47,10 +47,14 @@ struct Avx2 {
   }
   // 16-bit sums: 8 products of two columns are at most 8 * 2 * 15 * 127 = 30480.
   struct Sum4 {
-    __m256i sum;
-    Sum4() : sum(_mm256_setzero_si256()) {}
-    void add(__m256i w, __m256i q) { sum = in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, q))); }
-    F value() const { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+    __m256i sum, narrow;
+    Sum4() : sum(_mm256_setzero_si256()), narrow(sum) {}
+    void add(__m256i w, __m256i q) { narrow = in_order(_mm256_add_epi16(narrow, _mm256_maddubs_epi16(w, q))); }
+    void widen() {
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+      narrow = _mm256_setzero_si256();
+    }
+    F value() const { return _mm256_cvtepi32_ps(sum); }
   };
   static constexpr float middle8 = 128;
   static Codes codes8(const uint8_t* p) { return _mm256_xor_si256(codes(p), _mm256_set1_epi8(-128)); }
@@ -62,6 +66,7 @@ struct Avx2 {
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    void widen() {}
     F value() const { return _mm256_cvtepi32_ps(sum); }
   };
   // Two columns' codes of each row, in 16 bits: 0 and 2, then 1 and 3 of the first four, then of those in high halves.
@@ -81,7 +86,7 @@ struct Avx2 {
     std::memcpy(&two, x, 4);
     return (I)_mm256_set1_epi32(two);
   }
-  // A chunk's sum, 32 products of 128 * 32385 at most, fits 32 bits.
+  // Two chunks' sum, 64 products of 128 * 32385 at most, fits 32 bits.
   static I add_products(I sum, I w, I x) {
     return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x)));
   }

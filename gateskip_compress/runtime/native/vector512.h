@@ -1,0 +1,60 @@
+// Vectors of 512 bits, with VNNI: the V that `kernels_body.h` asks for. Included under the target of who includes it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace gateskip {
+namespace {
+
+struct Avx512 {
+  static constexpr int lanes = 16;
+  typedef float F __attribute__((vector_size(64)));
+  typedef int32_t I __attribute__((vector_size(64)));
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F bf16(const uint16_t* p) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static F f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F whole(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_load_si512(p)); }
+  static F bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F signed_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  using Codes = __m512i;
+  static Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static __m512i low(__m512i c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
+  static __m512i high(__m512i c) { return low(_mm512_srli_epi16(c, 4)); }
+  static __m512i quad(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  struct Sum4 {
+    __m512i sum;
+    Sum4() : sum(_mm512_setzero_si512()) {}
+    void add(__m512i w, __m512i q) {
+      sum = _mm512_dpbusd_epi32(sum, w, q);
+      asm("" : "+v"(sum));
+    }
+    void widen() {}
+    F value() const { return _mm512_cvtepi32_ps(sum); }
+  };
+  using Sum8 = Sum4;
+  static constexpr float middle8 = 0;
+  static Codes codes8(const uint8_t* p) { return codes(p); }
+  static constexpr bool paired = false;
+};
+
+}  // namespace
+}  // namespace gateskip
