@@ -522,10 +522,12 @@ template <class V, class E, int Q, int B>
 inline void score_blocks(const Queries& to, int first, int block, float (&scores)[Q][kRun]) {
   const E* keys = static_cast<const E*>(to.keys) + size_t(block) * to.head_dim * V::lanes;
   F<V> sums[B][Q] = {};
-  for (int d = 0; d < to.head_dim; ++d)
+  const float* query[Q];
+  for (int i = 0; i < Q; ++i) query[i] = to.query[first + i];
+  for (int d = 0, width = to.head_dim; d < width; ++d)
     for (int b = 0; b < B; ++b) {
-      const F<V> k = next<V>(keys + (size_t(b) * to.head_dim + d) * V::lanes);
-      for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(to.query[first + i][d]), k, sums[b][i]);
+      const F<V> k = next<V>(keys + (size_t(b) * width + d) * V::lanes);
+      for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(query[i][d]), k, sums[b][i]);
     }
   for (int b = 0; b < B; ++b) {
     const size_t position = size_t(block + b) * V::lanes;
@@ -539,27 +541,20 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
 // The scores [begin, end) to weights; the rest of the vectors that they lie in becomes 0.
 template <class V>
 inline void weigh(float* scores, int begin, int end, float& largest, float& weight) {
-  const int first = begin / V::lanes * V::lanes, whole = (begin + V::lanes - 1) / V::lanes * V::lanes;
-  float top = scores[begin];
-  F<V> most = V::set(top);
-  int i = begin;
-  for (; i < whole && i < end; ++i) top = scores[i] > top ? scores[i] : top;
-  for (; i + V::lanes <= end; i += V::lanes) most = larger<V>(V::load(scores + i), most);
-  float lane[V::lanes];
+  const int first = begin / V::lanes * V::lanes, last = (end + V::lanes - 1) / V::lanes * V::lanes;
+  const auto fill_up = [&](float value) {
+    for (int i = first; i < begin; ++i) scores[i] = value;
+    for (int i = end; i < last; ++i) scores[i] = value;
+  };
+  fill_up(scores[begin]);
+  F<V> most = V::load(scores + first), sum = V::set(0);
+  for (int i = first; i < last; i += V::lanes) most = larger<V>(V::load(scores + i), most);
+  float lane[V::lanes], top = scores[begin];
   V::store(lane, most);
   for (float value : lane) top = value > top ? value : top;
-  for (; i < end; ++i) top = scores[i] > top ? scores[i] : top;
-  F<V> sum = V::set(0);
-  for (i = first; i < end; i += V::lanes) {
-    F<V> e = exponential<V>(V::load(scores + i) - V::set(top));
-    if (i < begin || i + V::lanes > end) {
-      V::store(lane, e);
-      for (int j = 0; j < V::lanes; ++j) lane[j] = i + j < begin || i + j >= end ? 0 : lane[j];
-      e = V::load(lane);
-    }
-    V::store(scores + i, e);
-    sum = sum + e;
-  }
+  for (int i = first; i < last; i += V::lanes) V::store(scores + i, exponential<V>(V::load(scores + i) - V::set(top)));
+  fill_up(0);
+  for (int i = first; i < last; i += V::lanes) sum = sum + V::load(scores + i);
   largest = top, weight = total<V>(sum);
 }
 
