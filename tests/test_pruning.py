@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import gateskip_compress as g
 from gateskip_compress.elimination import eliminate
 from gateskip_compress.macs import count_macs, head_macs, ungated_macs_per_token
-from gateskip_compress.model import Width, blocks, branch_width, narrow, out_projection
+from gateskip_compress.model import Width, blocks, branch_width, branches, narrow, out_projection, watch
 from gateskip_compress.pipeline import apply, start
 from gateskip_compress.pruning.cut import Curve, sizes, uneven, uniform
 from gateskip_compress.pruning.influence import influence
-from gateskip_compress.pruning.moments import RIDGE, damped, refitted
+from gateskip_compress.pruning.moments import RIDGE, damped, fixed_scale, length_before, refitted, weighed
 from gateskip_compress.pruning.perplexity import Tries, log_perplexity
 from gateskip_compress.pruning.refit import narrow_and_refit
 from gateskip_compress.pruning.score import cached_scores, score
@@ -154,6 +154,71 @@ def test_what_is_left_is_a_multiple_or_all_or_nothing():
     assert sizes(Width(4, 32), 64, 1) == [0, 2]
 
 
+def test_behind_a_norm_of_fixed_scale_errors_and_gradients_are_those_of_the_stream():
+    generator = torch.Generator().manual_seed(0)
+    y, stream = (torch.randn(5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    y = (y * torch.tensor([[1e-3], [0.1], [1.0], [30.0], [1e4]])).requires_grad_()
+    gain = torch.rand(8, dtype=torch.float64, generator=generator) + 0.5
+
+    def gradients(scale):
+        z = y * scale * gain
+        return torch.autograd.grad((z @ gain + z.square().sum(-1)).sum(), [y, z])
+
+    scale = y.square().mean(-1, keepdim=True).rsqrt()
+    z = (y * scale * gain).detach()
+    at_y, at_z = gradients(scale)
+    assert (at_y * y).sum(-1).abs().max() < 1e-9
+    expected, _ = gradients(scale.detach())
+    torch.testing.assert_close(fixed_scale(at_y, y.detach(), at_z, z), expected)
+    assert torch.equal(fixed_scale(at_z, z, at_z, z), at_z)
+    found = z.norm(dim=1) / y.norm(dim=1) / (stream + z).norm(dim=1)
+    torch.testing.assert_close(1 / length_before(stream + z, y, z)[:, 0].double(), found, atol=0, rtol=1e-5)
+    assert torch.equal(length_before(stream.float(), z.float(), z.float())[:, 0], stream.float().norm(dim=1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "olmo2"])
+def test_a_whole_branch_loses_what_it_adds_to_the_stream_times_the_gradient_there(family, monkeypatch):
+    monkeypatch.setattr("gateskip_compress.pruning.score.corrected", lambda curves, _tried: curves)
+    said, count = score(tiny(family), "second_order", Context(CALIBRATION)), CALIBRATION.numel()
+    for layer, branch in product((0, 3), branches(tiny(family))):
+        model, held, xs, gs = tiny(family).requires_grad_(False), {}, [], []
+        out = out_projection(model, layer, branch.kind)
+        if branch.post:
+            norm = getattr(blocks(model)[layer], branch.post)
+            norm.forward = lambda y, whole=norm.forward: y * (whole(y) / y).detach()  # its scale has no gradient
+
+        def keep(_module, args, y, held=held):
+            held["x"], held["y"] = args[0][0].detach(), y.requires_grad_()
+            y.retain_grad()
+
+        def keep_stream(*at, held=held, key=(layer, branch.kind)):
+            if at[:2] == key:
+                held["z"], held["stream"] = at[3][0].detach(), (at[3] + at[4])[0].detach()
+
+        out.register_forward_hook(keep)
+        with watch(model, keep_stream):
+            for window in CALIBRATION:
+                logits = model(window[None], use_cache=False).logits[0, :-1]
+                torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+                y, z, stream = (held[name].detach().norm(dim=-1).view(-1, 1) for name in ("y", "z", "stream"))
+                xs.append(weighed(held["x"], stream * y / z).double())
+                gs.append((held["y"].grad[0] * stream * y / z)[1:].double())
+        xx, gg = (torch.cat(rows).T @ torch.cat(rows) / count for rows in (xs, gs))
+        weight = out.weight.double()
+        whole = float((gg @ weight @ damped(xx, count) * weight).sum()) / 2
+        assert said[layer, branch.kind].lost[-1] == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_branch_whose_length_its_norm_restores_is_missed_all_the_same():
+    model = tiny("gemma3_text")
+    out = model.model.layers[1].self_attn.o_proj.weight
+    out.data = out[:, :1] * out[:1]  # behind the norm, the same everywhere but for its sign
+    model.model.layers[1].post_attention_layernorm.weight.data += 3
+    said = score(model, "second_order", Context(CALIBRATION))[1, "attention"].lost[-1]
+    lost = score(model, "perplexity", Context(CALIBRATION))[1, "attention"].lost[-1]
+    assert said > lost / 4 > 0.05
+
+
 # --- surgery ---
 
 
@@ -188,19 +253,25 @@ def test_a_narrow_branch_is_the_wide_one_with_the_rest_silent(family):
     assert torch.equal(cached, model.generate(ids[:1], use_cache=False, **settings))
 
 
-def test_the_refit_is_the_least_squares_solution_to_the_whole_branch():
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_refit_is_the_least_squares_solution_to_the_whole_branch(family):
     kept, windows = list(range(0, 128, 2)), CALIBRATION[:4]
-    model = tiny()
-    block, seen = model.model.layers[0], []
-    handle = block.mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    model = tiny(family)
+    block, seen, added = model.model.layers[0], [], []
+    last = block.post_feedforward_layernorm if family == "gemma3_text" else block.mlp
+    handles = [
+        block.mlp.down_proj.register_forward_hook(lambda _m, args, y: seen.append((args[0][0], y[0]))),
+        last.register_forward_hook(lambda _m, _args, z: added.append(z[0])),
+    ]
     with torch.no_grad():
         after = [model(window[None], output_hidden_states=True).hidden_states[1][0] for window in windows]
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     rows, whole = [], block.mlp.down_proj.weight.detach().double()
-    for x, stream in zip(seen, after, strict=True):
+    for (x, y), z, stream in zip(seen, added, after, strict=True):
         weight = torch.ones(48, device=DEVICE)
         weight[0] = 48**0.5
-        rows.append((weight / stream.norm(dim=1))[:, None] * x)
+        rows.append((weight / stream.norm(dim=1) * z.norm(dim=1) / y.norm(dim=1))[:, None] * x)
     rows = torch.cat(rows).double()
     square = rows.square().sum(0)
     fake = torch.diag(

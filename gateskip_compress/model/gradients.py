@@ -1,4 +1,4 @@
-"""What the loss says of projections: their inputs, and its gradients at their outputs."""
+"""What the loss says of modules, projections and norms: their inputs, and its gradients at their outputs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 See = Callable[[str, Tensor, Tensor], None]
-"""Gets a projection's name, its input, and the gradient at its output."""
+"""Gets a module's name, its input, and the gradient at its output."""
 
 
 @contextmanager
 def watch_gradients(model: PreTrainedModel, names: Iterable[str], see: See) -> Iterator[None]:
-    """Hand every named projection's input and gradient to `see` inside the `with`, in backward passes."""
+    """Hand every named module's input and gradient to `see` inside the `with`, in backward passes."""
     embedding = model.get_input_embeddings()
     handles = [embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

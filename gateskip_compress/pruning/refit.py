@@ -16,7 +16,7 @@ from ..gram import add_gram, mirrored, no_gram
 from ..model import BRANCH_KINDS, Enough, Kept, blocks, branch_width, branches, narrow, out_projection, walk
 from ..precision import exact_products
 from ..step import Context
-from .moments import damped, refitted, weighed
+from .moments import damped, length_before, refitted, weighed
 
 
 def narrow_and_refit(model: PreTrainedModel, kept: Kept, context: Context) -> dict[str, float]:
@@ -65,12 +65,12 @@ def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> I
     def hold_stream(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         held["stream"] = args[0] if args else kwargs["hidden_states"]
 
-    def hold_inputs(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        held["x"] = args[0]
+    def hold_projection(_module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        held["x"], held["y"] = args[0], y
 
-    def add(_module: nn.Module, _args: object, y: Tensor | tuple[Tensor, Any]) -> None:
-        after = held["stream"] + (y[0] if isinstance(y, tuple) else y)
-        x = weighed(held["x"][0].float(), after[0].float().norm(dim=-1, keepdim=True))
+    def add(_module: nn.Module, _args: object, out: Tensor | tuple[Tensor, Any]) -> None:
+        z = out[0] if isinstance(out, tuple) else out
+        x = weighed(held["x"][0].float(), length_before((held["stream"] + z)[0], held["y"][0], z[0]))
         with exact_products():
             add_gram(seen[0], x)
         raise Enough
@@ -79,7 +79,7 @@ def _moments(model: PreTrainedModel, layer: int, kind: str, out: nn.Linear) -> I
     entry = getattr(block, branch.norm) if branch.norm is not None else getattr(block, branch.body[0])
     handles = [
         entry.register_forward_pre_hook(hold_stream, with_kwargs=True),
-        out.register_forward_pre_hook(hold_inputs),
+        out.register_forward_hook(hold_projection),
         getattr(block, branch.post or branch.body[-1]).register_forward_hook(add),
     ]
     try:

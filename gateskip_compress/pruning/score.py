@@ -13,6 +13,9 @@
 The stream of a first token, the attention sink, is up to a hundred times as long as others', and a few channels make
 it so; losing them ruins every later token. So in `second_order`, x is divided by the length of the stream that it is
 added to, g multiplied by it, which the next norm does anyway, and a window's first token counts as much as all others.
+A post-norm (Gemma, OLMo2) makes g the longer the shorter y is, so products of the two moments say too much, of an MLP
+of gemma3-270m hundreds of times as much as is lost; and g says nothing of the length of y, which the norm restores, so
+that no branch would be missed. So both are taken as the stream sees them, see `moments.py`.
 
 Activations and magnitudes compare units of one branch; between branches only their shares of it can be compared.
 """
@@ -42,7 +45,7 @@ from ..model import (
     BRANCH_KINDS,
     blocks,
     branch_width,
-    linears,
+    branches,
     out_projection,
     rows_of,
     watch,
@@ -53,7 +56,7 @@ from ..step import Context
 from ..text import fingerprint
 from .cut import Curve, Key, Scores
 from .influence import influence
-from .moments import damped, weighed
+from .moments import damped, fixed_scale, length_before, weighed
 from .perplexity import Tries
 from .trial import TRIAL_TOKENS, corrected, trial
 
@@ -67,7 +70,7 @@ SCORING_TOKENS: dict[By, int] = {
     "gates": 1024,
 }
 """Of the calibration text, at most."""
-_FORM = 2
+_FORM = 3
 """Of kept scores; to be raised when a score means something else."""
 _TOGETHER = 1 / 16
 """Share of the channels left that go at a time."""
@@ -109,25 +112,38 @@ def present(model: PreTrainedModel) -> dict[Key, nn.Linear]:
 
 def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: Context) -> Scores:
     """By the Fisher matrix; its labels are the text's own, which for text that the model wrote is no approximation."""
-    outs, names = present(model), {id(linear): name for name, linear in linears(model).items()}
+    outs, names = present(model), {id(module): name for name, module in model.named_modules()}
     at = {names[id(linear)]: key for key, linear in outs.items()}
+    posts = {
+        names[id(getattr(blocks(model)[layer], branch.post))]: (layer, branch.kind)
+        for layer, kind in outs
+        for branch in branches(model)
+        if branch.kind == kind and branch.post
+    }
     xx = {key: no_gram(linear.in_features, linear.weight.device) for key, linear in outs.items()}
     gg = {key: no_gram(linear.out_features, linear.weight.device) for key, linear in outs.items()}
-    lengths: dict[Key, Tensor] = {}
+    added: dict[Key, tuple[Tensor, Tensor]] = {}
+    normed: dict[Key, tuple[Tensor, Tensor]] = {}
 
     def see_stream(layer: int, kind: str, x: Tensor, y: Tensor, residual: Tensor) -> None:
         del x
-        lengths[layer, kind] = (residual + y).detach()[0].float().norm(dim=-1, keepdim=True)
+        added[layer, kind] = (residual + y).detach()[0].float(), y.detach()[0].float()
 
     def see(name: str, x: Tensor, gradient: Tensor) -> None:
+        inner, outer = x[0].float(), gradient[0].float()
+        if name in posts:  # runs before the projection's own
+            normed[posts[name]] = inner, outer
+            return
         key = at[name]
-        length = lengths[key]
-        inner, outer = weighed(x[0].float(), length), gradient[0].float()[1:] * length[1:]
+        stream, z = added[key]
+        y, at_z = normed.pop(key, (z, outer))
+        length = length_before(stream, y, z)
+        inner, outer = weighed(inner, length), (fixed_scale(outer, y, at_z, z) * length)[1:]
         with exact_products():
             add_gram(xx[key], inner)
             add_gram(gg[key], outer)
 
-    with watch_gradients(model, at, see), watch(model, see_stream):
+    with watch_gradients(model, [*posts, *at], see), watch(model, see_stream):
         for window in context.track(list(windows), "score by curvature"):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             F.cross_entropy(logits, window[1:], reduction="sum").backward()
