@@ -1,7 +1,6 @@
-// Kernels for AVX-512 whose products of many tokens are AMX's, of tiles of 16 tokens, a span of columns and 16 rows.
-//
-// A tile's sums are whole numbers, and what is done to them is what `coded_block` does, in its order: the bits are those
-// of AVX-512 alone.
+// Kernels for AVX-512 whose products of a few tokens and more are AMX's, of tiles of up to 16 tokens, a span of columns
+// and 16 rows. A tile's sums are whole numbers, and what is done to them is what `coded_block` does, in its order: the
+// bits are those of AVX-512 alone.
 #include "kernels.h"
 
 #if GATESKIP_X86 && defined(__linux__)
@@ -30,10 +29,9 @@ namespace {
 
 using V = Avx512;
 
-constexpr int kTokens = 16;                  // of a tile
-constexpr int kTile = kTokens * kSpan;       // bytes
-constexpr int kSums = kTokens * V::lanes;    // of a tile
-constexpr int kFewest = 8;                   // tokens that tiles are worth it for
+constexpr int kMost = 16;                  // tokens of a tile
+constexpr int kFewest = 3;                 // that tiles are worth it for
+constexpr int kWeights = kSpan * V::lanes;  // bytes of a tile
 
 // Memory that grows and stays.
 template <class T>
@@ -58,27 +56,34 @@ struct Rooms {
   Room<uint8_t> codes;
 };
 
-// Registers 0 and 1 hold sums, 3 weights, 4 and 5 activations; all of 16 rows of 64 bytes.
-inline void shape_tiles() {
+Rooms& own_rooms() {
+  thread_local Rooms rooms;
+  return rooms;
+}
+
+// Registers 0 and 1 hold sums, 3 weights, 4 and 5 activations, in rows of 64 bytes: of weights 16, else one a token.
+inline void shape_tiles(uint8_t tokens) {
   struct {
     uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t bytes[16] = {64, 64, 0, 64, 64, 64};
+    uint8_t rows[16] = {};
   } shapes;
+  for (int i : {0, 1, 4, 5}) shapes.rows[i] = tokens;
+  shapes.rows[3] = kSpan / 4;
   asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 does not see that the next line reads all of it
   _tile_loadconfig(&shapes);
 }
 
-// The codes of a span times those of 16 tokens: sums of `q`, then of `fine`.
-template <bool fine>
+// The codes of a span times those of T tokens: sums of `q`, then of `fine`.
+template <bool fine, int T>
 inline __attribute__((always_inline)) void tile_dots(const int8_t* inputs, const uint8_t* codes,
-                                                     int32_t (&sums)[2][kSums]) {
+                                                     int32_t (&sums)[2][T * V::lanes]) {
   _tile_loadd(4, inputs, kSpan);
   _tile_loadd(3, codes, 4 * V::lanes);
   _tile_zero(0);
   _tile_dpbsud(0, 4, 3);
   if constexpr (fine) {
-    _tile_loadd(5, inputs + kTile, kSpan);
+    _tile_loadd(5, inputs + T * kSpan, kSpan);
     _tile_zero(1);
     _tile_dpbsud(1, 5, 3);
   }
@@ -86,77 +91,80 @@ inline __attribute__((always_inline)) void tile_dots(const int8_t* inputs, const
   if constexpr (fine) _tile_stored(1, sums[1], 4 * V::lanes);
 }
 
-// What tiles read of the tokens: by 16 tokens and a span, 16 rows of `q` and 16 of `fine`; their scales, and the sums
-// that zero points are multiplied by, of a group.
+// What tiles read of the tokens: by tile and span, a row of `q` for each token, and then of `fine`; by tile and span,
+// scales; by tile and group, the sums that zero points are multiplied by.
 struct Inputs {
   int8_t* codes;
   float *scales, *shifts;
   int spans, groups, tiles;
 };
 
-template <bool fine>
+template <bool fine, int T>
 Inputs gather(const Matrix& m, const Activations& a, const int* tokens, int count, Rooms& rooms) {
   Inputs in;
-  in.spans = m.columns / kSpan, in.groups = groups(m), in.tiles = (count + kTokens - 1) / kTokens;
-  const int per_group = m.group / kSpan, size = (fine ? 2 : 1) * kTile;
+  in.spans = m.columns / kSpan, in.groups = groups(m), in.tiles = (count + T - 1) / T;
+  const int per_group = m.group / kSpan, size = (fine ? 2 : 1) * T * kSpan;
   in.codes = rooms.inputs.of(size_t(in.tiles) * in.spans * size);
-  in.scales = rooms.scales.of(size_t(in.tiles) * in.spans * kTokens);
-  in.shifts = rooms.shifts.of(size_t(in.tiles) * in.groups * kTokens);
-  for (int t = 0; t < count; ++t) {
+  in.scales = rooms.scales.of(size_t(in.tiles) * in.spans * T);
+  in.shifts = rooms.shifts.of(size_t(in.tiles) * in.groups * T);
+  for (int i = 0; i < count; ++i) {
+    const int tile = i / T, t = i % T;
     float shift = 0;
     for (int span = 0; span < in.spans; ++span) {
-      const size_t from = size_t(tokens[t]) * a.chunks() + span * (kSpan / kChunk);
-      const size_t to = size_t(t / kTokens) * in.spans + span;
-      std::memcpy(in.codes + to * size + t % kTokens * kSpan, a.q + from * kChunk, kSpan);
-      if constexpr (fine)
-        std::memcpy(in.codes + to * size + kTile + t % kTokens * kSpan, a.fine + from * kChunk, kSpan);
-      in.scales[to * kTokens + t % kTokens] = a.scale[from];
+      const size_t from = size_t(tokens[i]) * a.chunks() + span * (kSpan / kChunk), to = size_t(tile) * in.spans + span;
+      int8_t* row = in.codes + to * size + t * kSpan;
+      std::memcpy(row, a.q + from * kChunk, kSpan);
+      if constexpr (fine) std::memcpy(row + T * kSpan, a.fine + from * kChunk, kSpan);
+      in.scales[to * T + t] = a.scale[from];
       if (span % per_group == 0) shift = 0;
       for (int chunk = 0; chunk < kSpan / kChunk; ++chunk) shift += a.sum[from + chunk];
-      in.shifts[(size_t(t / kTokens) * in.groups + span / per_group) * kTokens + t % kTokens] = shift;
+      in.shifts[(size_t(tile) * in.groups + span / per_group) * T + t] = shift;
     }
   }
   return in;
 }
 
-// A block of rows times 16 tokens or fewer. Tiles are a span ahead of what their sums are scaled with. Where a group is
-// one span, all there is to a token is one vector, and 16 of them stay in registers.
-template <Kind K, bool fine, bool group_is_span>
+// A block of rows times T tokens or fewer. Tiles are a span ahead of what their sums are scaled with. Where a group is one
+// span, all there is to a token is one vector, and 16 of them stay in registers.
+template <Kind K, bool fine, int T, bool group_is_span>
 void tile_block(const Matrix& m, int block, const Inputs& in, int tile, const uint8_t* codes, const int* tokens,
                 int count, float* out, size_t stride) {
   using C = Coded<V, K>;
   const int per_group = group_is_span ? 1 : m.group / kSpan, group_bytes = 5 * V::lanes + per_group * 2 * C::bytes;
   const uint8_t* packed = m.data + block * block_bytes(m, V::lanes);
-  alignas(64) int32_t sums[2][2][kSums];
+  alignas(64) int32_t sums[2][2][T * V::lanes];
   const auto multiply_span = [&](int span) {
-    const uint8_t* own = K == Kind::int4 ? codes + size_t(span) * kTile
+    const uint8_t* own = K == Kind::int4 ? codes + size_t(span) * kWeights
                                          : packed + size_t(span / per_group) * group_bytes + 5 * V::lanes +
                                                span % per_group * 2 * C::bytes;
-    tile_dots<fine>(in.codes + (size_t(tile) * in.spans + span) * (fine ? 2 : 1) * kTile, own, sums[span % 2]);
+    tile_dots<fine, T>(in.codes + (size_t(tile) * in.spans + span) * (fine ? 2 : 1) * T * kSpan, own, sums[span % 2]);
   };
-  F<V> y[kTokens], part[kTokens];
-  unrolled<kTokens>([&](auto t) { y[t] = start<V>(m, block), part[t] = V::set(0); });
+  // the first tile fetches the next block
+  const size_t size = block_bytes(m, V::lanes), fetched = tile ? 0 : size / in.spans + 1;
+  F<V> y[T], part[T];
+  unrolled<T>([&](auto t) { y[t] = start<V>(m, block), part[t] = V::set(0); });
   multiply_span(0);
   for (int span = 0; span < in.spans; ++span) {
+    for (size_t i = 0; i < fetched; i += 64) __builtin_prefetch(packed + size + span * fetched + i);
     if (span + 1 < in.spans) multiply_span(span + 1);
     const int group = span / per_group;
-    const float* scales = in.scales + (size_t(tile) * in.spans + span) * kTokens;
+    const float* scales = in.scales + (size_t(tile) * in.spans + span) * T;
     const auto& own = sums[span % 2];
-    unrolled<kTokens>([&](auto t) {
+    unrolled<T>([&](auto t) {
       F<V> dots = V::whole(own[0] + t * V::lanes);
       if constexpr (fine) dots = V::fma(dots, V::set(kCoarser), V::whole(own[1] + t * V::lanes));
       part[t] = V::fma(dots, V::set(scales[t]), part[t]);
     });
     if (!group_is_span && span % per_group != per_group - 1 && span != in.spans - 1) continue;
-    const float* shifts = in.shifts + (size_t(tile) * in.groups + group) * kTokens;
+    const float* shifts = in.shifts + (size_t(tile) * in.groups + group) * T;
     const uint8_t* at = packed + size_t(group) * group_bytes;
     const F<V> s = V::load(reinterpret_cast<const float*>(at)), z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
-    unrolled<kTokens>([&](auto t) {
+    unrolled<T>([&](auto t) {
       y[t] = V::fma(V::fma(-z, V::set(shifts[t]), part[t]), s, y[t]);
       part[t] = V::set(0);
     });
   }
-  unrolled<kTokens>([&](auto t) {
+  unrolled<T>([&](auto t) {
     if (t < count) put<V>(m, block, y[t], out + tokens[t] * stride);
   });
 }
@@ -168,8 +176,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
   for (int column = 0; column < m.columns;) {
     at += 5 * V::lanes;
     const int end = std::min(column + m.group, m.columns);
-    for (; column < end; column += kChunk, at += C::bytes, to += kTile / 2) {
-      for (int ahead = 0; ahead < C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
+    for (; column < end; column += kChunk, at += C::bytes, to += kWeights / 2) {
       typename V::Codes codes[8];
       C::load(at, codes);
       for (int i = 0; i < 8; ++i) _mm512_store_si512(to + 4 * V::lanes * i, codes[i]);
@@ -178,33 +185,36 @@ void spread(const Matrix& m, int block, uint8_t* to) {
   asm volatile("" : : : "memory");  // nor that tiles read this
 }
 
-template <Kind K, bool fine>
+template <Kind K, bool fine, int T>
 void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
                     float* out, size_t stride) {
-  thread_local Rooms rooms;
-  const Inputs in = gather<fine>(m, a, tokens, count, rooms);
-  uint8_t* codes = K == Kind::int4 ? rooms.codes.of(size_t(in.spans) * kTile) : nullptr;
-  const auto times = m.group == kSpan ? tile_block<K, fine, true> : tile_block<K, fine, false>;
-  shape_tiles();
+  Rooms& rooms = own_rooms();
+  const Inputs in = gather<fine, T>(m, a, tokens, count, rooms);
+  uint8_t* codes = K == Kind::int4 ? rooms.codes.of(size_t(in.spans) * kWeights) : nullptr;
+  const auto times = m.group == kSpan ? tile_block<K, fine, T, true> : tile_block<K, fine, T, false>;
+  shape_tiles(T);
   for (int block = begin; block < end; ++block) {
     if constexpr (K == Kind::int4) spread(m, block, codes);
-    for (int tile = 0; tile < in.tiles; ++tile) {
-      const int first = tile * kTokens, some = std::min(kTokens, count - first);
-      times(m, block, in, tile, codes, tokens + first, some, out, stride);
-    }
+    for (int tile = 0; tile < in.tiles; ++tile)
+      times(m, block, in, tile, codes, tokens + tile * T, std::min(T, count - tile * T), out, stride);
   }
   _tile_release();
 }
 
-void multiply_many(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
+void multiply_some(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
                    size_t stride) {
   const bool floats = m.kind == Kind::bf16 || m.kind == Kind::f32;
   if (floats || count < kFewest || !spans(m) || m.columns % kSpan)
     return multiply<V>(m, begin, end, a, tokens, count, out, stride);
   const auto of_kind = [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
-    return a.fine ? multiply_tiles<K, true>(m, begin, end, a, tokens, count, out, stride)
-                  : multiply_tiles<K, false>(m, begin, end, a, tokens, count, out, stride);
+    const auto times = [&](auto T) {
+      return a.fine ? multiply_tiles<K, true, T>(m, begin, end, a, tokens, count, out, stride)
+                    : multiply_tiles<K, false, T>(m, begin, end, a, tokens, count, out, stride);
+    };
+    if (count <= 4) return times(std::integral_constant<int, 4>());
+    if (count <= 8) return times(std::integral_constant<int, 8>());
+    return times(std::integral_constant<int, kMost>());
   };
   if (m.kind == Kind::int4) return of_kind(std::integral_constant<Kind, Kind::int4>());
   return of_kind(std::integral_constant<Kind, Kind::int8>());
@@ -212,7 +222,7 @@ void multiply_many(const Matrix& m, int begin, int end, const Activations& a, co
 
 constexpr Kernels tiled() {
   Kernels kernels = table<V>("amx");
-  kernels.multiply = multiply_many;
+  kernels.multiply = multiply_some;
   return kernels;
 }
 

@@ -13,9 +13,10 @@
 //
 //   y = bias + sum over groups of s * (sum over spans of scale * (w · q) - z * sum over spans of scale * sum(q))
 //
-// Sums over a span, or over a chunk of 32 where groups are not whole spans, are exact integers, rounded once to float. Every float operation of a token is done in the same order
-// however many tokens there are in a call, so k tokens in one call give the bits of k calls: speculation rests on it.
-// The files are compiled without contraction of a * b + c, which would leave that order to the compiler.
+// Sums over a span, or over a chunk of 32 where groups are not whole spans, are exact integers, rounded once to float.
+// Every float operation of a token is done in the same order however many tokens there are in a call, so k tokens in one
+// call give the bits of k calls: speculation rests on it. The files are compiled without contraction of a * b + c, which
+// would leave that order to the compiler.
 #pragma once
 
 #include <cstddef>

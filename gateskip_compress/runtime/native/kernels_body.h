@@ -1,11 +1,11 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
-// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes
-// of them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad (the same 4 activations
-// in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations and are
-// widened after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by
-// two, crossed the columns 0, 2, 1, 3 of each four, pair two activations in all lanes, add_products a sum and their
-// products, and whole floats of integers.
+// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes of
+// them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad
+// (the same 4 activations in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times
+// activations and are widened after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are,
+// not as two of 8: pairs4 and pairs8 give codes two by two, crossed the columns 0, 2, 1, 3 of each four, pair two
+// activations in all lanes, add_products a sum and their products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
