@@ -118,10 +118,12 @@ def cut(
 
 def paced(model: PreTrainedModel, step: g.Recover, minutes: float, context: Context) -> g.Recover:
     """A recovery of about so many minutes."""
-    few = replace(step, tokens=PACE_STEPS * step.batch * len(context.passages[0].ids))
-    began = time.perf_counter()
-    few.apply(deepcopy(model), context)
-    return replace(step, tokens=max(1, int(few.tokens * 60 * minutes / (time.perf_counter() - began))))
+    few, seconds = replace(step, tokens=PACE_STEPS * step.batch * len(context.passages[0].ids)), 0.0
+    for _ in range(2):  # the first steps are slower: products of each new shape are prepared
+        learner, began = deepcopy(model), time.perf_counter()
+        few.apply(learner, context)
+        seconds = time.perf_counter() - began
+    return replace(step, tokens=max(1, int(few.tokens * 60 * minutes / seconds)))
 
 
 class Rows:
