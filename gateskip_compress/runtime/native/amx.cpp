@@ -3,7 +3,7 @@
 // bits are those of AVX-512 alone.
 #include "kernels.h"
 
-#if GATESKIP_X86 && defined(__linux__)
+#if GATESKIP_AMX
 #if !defined(__clang__)  // GCC 12 takes its own undefined vectors in this header for ours
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -29,8 +29,8 @@ namespace {
 
 using V = Avx512;
 
-constexpr int kMost = 16;                  // tokens of a tile
-constexpr int kFewest = 3;                 // that tiles are worth it for
+constexpr int kMost = 16;                   // tokens of a tile
+constexpr int kFewest = 3;                  // that tiles are worth it for
 constexpr int kWeights = kSpan * V::lanes;  // bytes of a tile
 
 // Memory that grows and stays.

@@ -1,12 +1,10 @@
 // Which kernels a processor can run, and how weights are packed for them.
 #include "kernels.h"
 
-#if GATESKIP_X86
+#if GATESKIP_AMX
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 #include <algorithm>
@@ -16,20 +14,16 @@
 
 namespace gateskip {
 
-#if GATESKIP_X86
+#if GATESKIP_AMX
 namespace {
 
 // Linux saves AMX's registers only for a process that has asked for it.
 bool may_use_amx() {
-#if defined(__linux__)
   unsigned a, b, c, features;
   constexpr unsigned tiles = 1u << 24, int8 = 1u << 25;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || ~features & (tiles | int8)) return false;
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
-#else
-  return false;
-#endif
 }
 
 }  // namespace
@@ -42,7 +36,10 @@ std::vector<const Kernels*> usable_kernels() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
-      if (may_use_amx()) found.push_back(&amx_kernels);
+#if GATESKIP_AMX
+      static const bool amx = may_use_amx();
+      if (amx) found.push_back(&amx_kernels);
+#endif
       found.push_back(&avx512_kernels);
     }
     if (__builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);

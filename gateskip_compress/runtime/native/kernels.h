@@ -99,9 +99,15 @@ struct Kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GATESKIP_X86 1
-extern const Kernels amx_kernels, avx512_kernels, avxvnni_kernels, avx2_kernels;
+extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
 #else
 #define GATESKIP_X86 0
+#endif
+#if GATESKIP_X86 && defined(__linux__)  // elsewhere nobody says how a process gets AMX's registers
+#define GATESKIP_AMX 1
+extern const Kernels amx_kernels;
+#else
+#define GATESKIP_AMX 0
 #endif
 extern const Kernels portable_kernels;
 
