@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PROMPT, NEW = 512, 32
 """Tokens that are timed."""
-PACE_STEPS = 8
+PACE_STEPS = 4
 NATIVE_HEAD_BYTES = 1 / 2 + 5 / 64
 """Of the copy that greedy tokens are found with: 4 bits, and a scale and a zero point for 64 of them."""
 
@@ -118,12 +118,17 @@ def cut(
 
 def paced(model: PreTrainedModel, step: g.Recover, minutes: float, context: Context) -> g.Recover:
     """A recovery of about so many minutes."""
-    few, seconds = replace(step, tokens=PACE_STEPS * step.batch * len(context.passages[0].ids)), 0.0
-    for _ in range(2):  # the first steps are slower: products of each new shape are prepared
+    few = PACE_STEPS * step.batch * len(context.passages[0].ids)
+
+    def seconds(tokens: int) -> float:
         learner, began = deepcopy(model), time.perf_counter()
-        few.apply(learner, context)
-        seconds = time.perf_counter() - began
-    return replace(step, tokens=max(1, int(few.tokens * 60 * minutes / seconds)))
+        replace(step, tokens=tokens).apply(learner, context)
+        return time.perf_counter() - began
+
+    seconds(few)  # the first steps are slower: products of each new shape are prepared
+    begin = seconds(few)
+    of_more = max(1e-9, seconds(3 * few) - begin)  # without what only beginning takes
+    return replace(step, tokens=max(1, int(2 * few * 60 * minutes / of_more)))
 
 
 class Rows:
