@@ -76,7 +76,6 @@ def test_copies_change_the_output_and_spend_less(copying):
     seen = observe(copying, ids, None)
     assert not torch.allclose(logits(copying, ids), logits(dense, ids), atol=1e-2)
     assert spent(copying, seen, 40).budget < spent(dense, seen, 40).budget
-    assert g.count_macs(copying, ids) < g.count_macs(dense, ids)
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)])

@@ -73,7 +73,7 @@ def test_a_gptq_export_reads_back(step, tied, tmp_path):
     model = compress(tiny(tie_word_embeddings=tied), step)
     assert export(model, tmp_path / "out", "gptq") == []
     read, _ = g.load(str(tmp_path / "out"), device=DEVICE)
-    torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=2e-3 * float(logits(model).abs().max()))
+    torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=3e-3 * float(logits(model).abs().max()))
     codes = {
         name: module.codes for name, module in blocks(model).named_modules() if isinstance(module, QuantizedLinear)
     }

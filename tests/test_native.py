@@ -661,7 +661,7 @@ def test_packed_weights_beside_a_checkpoint_are_mapped_and_give_the_same_bits(sm
     assert again.bytes_per_token == first.bytes_per_token
 
 
-@pytest.mark.parametrize("how", ["cut off", "changed", "of another checkpoint", "of other settings"])
+@pytest.mark.parametrize("how", ["cut off", "changed", "noise", "of another checkpoint", "of other settings"])
 def test_packed_weights_that_do_not_belong_are_replaced(small, tmp_path, how):
     folder, ids = tmp_path / "model", tokens(1, 20)[0]
     small.save_pretrained(folder)
@@ -673,6 +673,8 @@ def test_packed_weights_that_do_not_belong_are_replaced(small, tmp_path, how):
         file.write_bytes(file.read_bytes()[:-7])
     elif how == "changed":
         file.write_bytes(file.read_bytes()[:-7] + b"changed")
+    elif how == "noise":
+        file.write_bytes(b"\xff" * 5000)
     elif how == "of another checkpoint":
         lower(g.load(str(other))[0], context_tokens=64, beside=other)
         file.write_bytes((other / file.name).read_bytes())

@@ -88,7 +88,8 @@ class PackedFile:
                 return None
             found = Packed(json.loads(facts["plan"]), arrays, json.loads(facts["sample"]))
             return found if facts["sha256"] == _sha256(found) else None
-        except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or no such file at all
+        # not there, cut off, or no such file at all, whose first bytes are no length that can be read
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
             return None
 
     def write(self, content: Packed) -> None:
