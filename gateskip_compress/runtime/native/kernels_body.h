@@ -105,15 +105,17 @@ inline const uint8_t* later(const uint8_t* at) {
   return at;
 }
 
-// The codes of S chunks times those of T tokens, whose sums stay in registers while the codes pass: whole numbers.
+// The codes of S chunks times those of T tokens, for every row of the block: whole numbers. Either a chunk's codes stay in
+// registers while the tokens pass, or, for 16-bit activations as they are and one chunk, the tokens' sums while the codes
+// pass.
 template <class V, Kind K, int T, bool fine, int S>
 inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const Activations& a,
                                                       const size_t (&places)[T], F<V> (&dots)[T]) {
   using C = Coded<V, K>;
   if constexpr (fine && V::paired) {
+    static_assert(S == 1);
     typename V::I sum[T];
     unrolled<T>([&](auto t) { sum[t] = typename V::I{}; });
-    static_assert(S == 1);
     unrolled<kChunk / C::columns>([&](auto v) {
       unrolled<C::columns / 2>([&](auto i) {
         const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
