@@ -127,7 +127,7 @@ def paced(model: PreTrainedModel, step: g.Recover, minutes: float, context: Cont
 
     seconds(few)  # the first steps are slower: products of each new shape are prepared
     begin = seconds(few)
-    of_more = max(1e-9, seconds(3 * few) - begin)  # without what only beginning takes
+    of_more = max(seconds(3 * few) - begin, begin)  # without what only beginning takes; noise must not make it nothing
     return replace(step, tokens=max(1, int(2 * few * 60 * minutes / of_more)))
 
 

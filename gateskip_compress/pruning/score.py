@@ -114,12 +114,8 @@ def _second_order(model: PreTrainedModel, windows: Int[Tensor, "n t"], context: 
     """By the Fisher matrix; its labels are the text's own, which for text that the model wrote is no approximation."""
     outs, names = present(model), {id(module): name for name, module in model.named_modules()}
     at = {names[id(linear)]: key for key, linear in outs.items()}
-    posts = {
-        names[id(getattr(blocks(model)[layer], branch.post))]: (layer, branch.kind)
-        for layer, kind in outs
-        for branch in branches(model)
-        if branch.kind == kind and branch.post
-    }
+    post = {branch.kind: branch.post for branch in branches(model) if branch.post}
+    posts = {names[id(getattr(blocks(model)[key[0]], post[key[1]]))]: key for key in outs if key[1] in post}
     xx = {key: no_gram(linear.in_features, linear.weight.device) for key, linear in outs.items()}
     gg = {key: no_gram(linear.out_features, linear.weight.device) for key, linear in outs.items()}
     added: dict[Key, tuple[Tensor, Tensor]] = {}

@@ -88,8 +88,7 @@ class PackedFile:
                 return None
             found = Packed(json.loads(facts["plan"]), arrays, json.loads(facts["sample"]))
             return found if facts["sha256"] == _sha256(found) else None
-        # not there, cut off, or no such file at all, whose first bytes are no length that can be read
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or no such file at all
             return None
 
     def write(self, content: Packed) -> None:
@@ -103,6 +102,8 @@ def _mapped(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Metadata and arrays of a safetensors file, where they lie: its own library maps for torch alone."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError(f"{path} is shorter than its header of {size} bytes")
         header = json.loads(file.read(size))
     facts, arrays, content = header.pop("__metadata__", {}), {}, np.memmap(path, np.uint8, "r", 8 + size)
     for name, entry in header.items():

@@ -42,7 +42,7 @@ class Room {
       held_.reset(new uint8_t[count * sizeof(T) + 64]);
       size_ = count;
     }
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held_.get()) + 63) / 64 * 64);
+    return reinterpret_cast<T*>(at_line(held_.get()));
   }
 
  private:
@@ -151,8 +151,9 @@ void tile_block(const Matrix& m, int block, const Inputs& in, int tile, const ui
     const float* scales = in.scales + (size_t(tile) * in.spans + span) * T;
     const auto& own = sums[span % 2];
     unrolled<T>([&](auto t) {
-      F<V> dots = V::whole(own[0] + t * V::lanes);
-      if constexpr (fine) dots = V::fma(dots, V::set(kCoarser), V::whole(own[1] + t * V::lanes));
+      const auto sum = [&](int of) { return V::whole((V::I)_mm512_load_si512(own[of] + t * V::lanes)); };
+      F<V> dots = sum(0);
+      if constexpr (fine) dots = V::fma(dots, V::set(kCoarser), sum(1));
       part[t] = V::fma(dots, V::set(scales[t]), part[t]);
     });
     if (!group_is_span && span % per_group != per_group - 1 && span != in.spans - 1) continue;

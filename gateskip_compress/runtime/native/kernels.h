@@ -116,6 +116,9 @@ std::vector<const Kernels*> usable_kernels();
 
 inline int blocks(const Matrix& m, int lanes) { return (m.rows + lanes - 1) / lanes; }
 
+// The first byte of a cache line from here on.
+inline uint8_t* at_line(uint8_t* from) { return from + (64 - reinterpret_cast<uintptr_t>(from) % 64) % 64; }
+
 inline int padded(int value, int step) { return (value + step - 1) / step * step; }
 
 inline int runs_of(int positions) { return padded(positions, kRun) / kRun; }

@@ -31,7 +31,7 @@ Model::Model(const Shape& s, const Kernels& k, int threads) : shape(s), kernels(
 
 float* Model::floats(size_t count) {
   owned_.emplace_back(new uint8_t[4 * count + 64]());
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(owned_.back().get()) + 63) / 64 * 64);
+  return reinterpret_cast<float*>(at_line(owned_.back().get()));
 }
 
 Activations Model::activations(int columns) {

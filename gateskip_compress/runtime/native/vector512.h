@@ -23,7 +23,7 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
   static F f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static F whole(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_load_si512(p)); }
+  static F whole(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
   static F bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -40,6 +40,7 @@ struct Avx512 {
     std::memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
+  // The sum is there before the next is added: GCC would keep more of them than there are registers.
   struct Sum4 {
     __m512i sum;
     Sum4() : sum(_mm512_setzero_si512()) {}
