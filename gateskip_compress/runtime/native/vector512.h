@@ -40,14 +40,10 @@ struct Avx512 {
     std::memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
-  // The sum is there before the next is added: GCC would keep more of them than there are registers.
   struct Sum4 {
     __m512i sum;
     Sum4() : sum(_mm512_setzero_si512()) {}
-    void add(__m512i w, __m512i q) {
-      sum = _mm512_dpbusd_epi32(sum, w, q);
-      asm("" : "+v"(sum));
-    }
+    void add(__m512i w, __m512i q) { sum = _mm512_dpbusd_epi32(sum, w, q); }
     void widen() {}
     F value() const { return _mm512_cvtepi32_ps(sum); }
   };
