@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
 KERNELS = [name for name, _ in native.kernels()]
+PROMPTS = native.prompt_kernels()
+for_prompts = pytest.mark.skipif(not PROMPTS, reason="no kernels here have a way of their own for prompts")
 LANES = dict(native.kernels())
 FLOAT = 2e-6
 """Rounding of float32 sums, beside the sum of their terms' sizes."""
@@ -125,6 +127,45 @@ def test_tokens_together_give_the_bits_of_tokens_alone(kernels, kind, fine, colu
     alone = np.stack([native.multiply(kernels, matrix, row[None], fine)[0] for row in x])
     for count in (2, 3, 4, 11, 16, 37):
         assert np.array_equal(native.multiply(kernels, matrix, x[:count], fine), alone[:count])
+
+
+def halves(x, fine):
+    """What prompts take of activations: the nearest bfloat16, with `fine` plus the nearest of what that leaves."""
+    high = nearest_bf16(x).astype(float)
+    return high + nearest_bf16((x - high).astype(np.float32)).astype(float) if fine else high
+
+
+@for_prompts
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])
+@given(
+    rows=st.integers(1, 200),
+    columns=st.one_of(st.integers(1, 200), st.sampled_from([576, 640, 1536])),
+    count=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_products_of_prompts(fine, rows, columns, count, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((count, columns)) * 10.0 ** rng.uniform(-4, 4, (count, 1))).astype(np.float32)
+    weight = (rng.standard_normal((rows, columns)) * 10.0 ** rng.uniform(-9, 9, (rows, 1))).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    for kernels in PROMPTS:
+        data = native.pack_floats(kernels, "bf16", weight)
+        matrix = native.HeldMatrix(kernels, "bf16", rows, columns, 32, data, bias)
+        found = native.multiply(kernels, matrix, x, fine, prompt=True)
+        close_sums(found, nearest_bf16(weight).astype(float), halves(x, fine), bias)
+        some = native.multiply(kernels, matrix, x[: (count + 1) // 2], fine, prompt=True)
+        assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums
+
+
+@for_prompts
+def test_an_undefined_value_of_a_prompt_stays_its_tokens_own():
+    x = np.ones((20, 64), dtype=np.float32)
+    x[3, 40], x[7, 2] = np.inf, np.nan
+    for kernels in PROMPTS:
+        data = native.pack_floats(kernels, "bf16", np.ones((40, 64), dtype=np.float32))
+        found = native.multiply(kernels, native.HeldMatrix(kernels, "bf16", 40, 64, 32, data), x, True, prompt=True)
+        assert np.array_equal(np.isfinite(found).all(axis=1), np.isfinite(x).all(axis=1))
 
 
 @given(width=st.integers(1, 100), power=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
@@ -258,6 +299,46 @@ def test_attention(element, seen, sixteens, sharp, seed):
             for i in range(len(seen))
         ]
         assert np.array_equal(found, np.stack(alone)), kernels
+
+
+@for_prompts
+@pytest.mark.parametrize("element", ["f32", "f16", "int8"])
+@given(
+    count=st.integers(1, 50),
+    first=st.integers(0, 600),
+    window=st.one_of(st.none(), st.integers(1, 300)),
+    sixteens=st.integers(1, 9),
+    sharp=st.floats(0.01, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_attention_of_prompts(element, count, first, window, sixteens, sharp, seed):
+    """Of neighbouring tokens, some of which may be skipped, from a position on, against float64."""
+    rng, d = np.random.default_rng(seed), 16 * sixteens
+    ends = np.sort(first + 1 + rng.integers(0, 2 * count, count)).astype(np.int32)
+    begins = np.maximum(0, ends - window).astype(np.int32) if window else np.zeros_like(ends)
+    query = (sharp * rng.standard_normal((count, d)) / np.sqrt(d)).astype(np.float32)
+    keys, values = (rng.standard_normal((ends.max(), d)).astype(np.float32) for _ in range(2))
+    kept = [_as_kept(part, element) for part in (keys, values)]
+    for kernels in PROMPTS:
+        found = native.attend(kernels, query, keys, values, begins, ends, element, prompt=True)
+        for i, own in enumerate(map(slice, begins, ends)):
+            score = kept[0][own] @ query[i].astype(float)
+            weight = np.exp(score - score.max())
+            # of two bfloat16, 16 bits, and their sums
+            slack = 3e-5 * (1 + np.abs(kept[0][own]) @ np.abs(query[i].astype(float))).max()
+            expected = weight / weight.sum() @ kept[1][own]
+            np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
+        half = (count + 1) // 2
+        some = native.attend(kernels, query[:half], keys, values, begins[:half], ends[:half], element, prompt=True)
+        assert np.array_equal(some, found[:half])  # neither later queries nor later positions change a bit
+
+
+def test_kernels_without_a_way_for_prompts_say_so():
+    ones = np.ones((2, 32), dtype=np.float32)
+    matrix = native.HeldMatrix("portable", "bf16", 2, 32, 32, native.pack_floats("portable", "bf16", ones))
+    with pytest.raises(ValueError, match="kernels 'portable' have no way of their own for prompts"):
+        native.multiply("portable", matrix, ones, True, prompt=True)
 
 
 @pytest.mark.parametrize(

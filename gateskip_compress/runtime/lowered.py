@@ -72,8 +72,8 @@ class Lowered(ABC):
         window = extension().WINDOW
         last = (len(prompt) - 1) // window * window
         for begin in range(0, last, window):
-            self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0)
-        return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits)
+            self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0, prompt=True)
+        return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits, prompt=True)
 
     def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: Any) -> Step:
         """Run neighbouring tokens of one sequence; what the last `wanted` of them give. `how` is as in `run`."""
@@ -124,6 +124,7 @@ class Lowered(ABC):
         logits: bool = False,
         decisions: bool = False,
         draft: float | None = None,
+        prompt: bool = False,
         vocabulary: int | None = None,
     ) -> Step:
         """One call of the native model at the dial's thresholds; the cache's positions up to each token must be filled.
@@ -136,6 +137,7 @@ class Lowered(ABC):
             logits: Wanted besides the best tokens.
             decisions: Wanted besides.
             draft: A budget to run at instead, of the gates for drafting where the model has some.
+            prompt: They are neighbours in one row and may go a faster way, whose bits are not those of single steps.
             vocabulary: Entries to choose from, the first ones, whole chunks of them; None is all.
         """
         entries = self.vocabulary if vocabulary is None else vocabulary
@@ -150,6 +152,7 @@ class Lowered(ABC):
             decisions,
             drafts,
             drafts and self.drafts,
+            prompt,
             entries,
         )
         return Step(

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8"))), apply_to = function)
@@ -22,6 +21,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")
 #endif
 #include "kernels_body.h"
+#include "room.h"
 #include "vector512.h"
 
 namespace gateskip {
@@ -32,23 +32,6 @@ using V = Avx512;
 constexpr int kMost = 16;                   // tokens of a tile
 constexpr int kFewest = 3;                  // that tiles are worth it for
 constexpr int kWeights = kSpan * V::lanes;  // bytes of a tile
-
-// Memory that grows and stays.
-template <class T>
-class Room {
- public:
-  T* of(size_t count) {
-    if (count > size_) {
-      held_.reset(new uint8_t[count * sizeof(T) + 64]);
-      size_ = count;
-    }
-    return reinterpret_cast<T*>(at_line(held_.get()));
-  }
-
- private:
-  std::unique_ptr<uint8_t[]> held_;
-  size_t size_ = 0;
-};
 
 struct Rooms {
   Room<int8_t> inputs;
@@ -224,6 +207,7 @@ void multiply_some(const Matrix& m, int begin, int end, const Activations& a, co
 constexpr Kernels tiled() {
   Kernels kernels = table<V>("amx");
   kernels.multiply = multiply_some;
+  kernels.prompts = &amx_prompts;
   return kernels;
 }
 

@@ -125,6 +125,7 @@ struct OwnActivations : Activations {
   std::vector<float> floats_, scales_, sums_;
   std::vector<int8_t> codes_, fine_;
   std::vector<int16_t> wide_;
+  std::vector<uint16_t> halves_;
   std::vector<int> tokens;
 
   OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine) {
@@ -137,23 +138,33 @@ struct OwnActivations : Activations {
     fine_.resize(with_fine ? floats_.size() : 0);
     wide_.resize(fine_.size());
     if (with_fine) fine = fine_.data(), wide = wide_.data();
+    halves_.resize(kernels.prompts ? count * halves_apart() : 0);
+    halves = halves_.data();
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
       kernels.quantize(*this, token, 0, width);
+      if (kernels.prompts) kernels.prompts->split(*this, token, 0, width);
       tokens.push_back(token);
     }
   }
 };
 
-Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool fine) {
+// Of kernels that have them.
+const PromptKernels& prompts_of(const Kernels& kernels) {
+  check(kernels.prompts, std::string("kernels '") + kernels.name + "' have no way of their own for prompts");
+  return *kernels.prompts;
+}
+
+Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool fine, bool prompt) {
   const Kernels& run = kernels_named(kernels);
   check(run.lanes == m.lanes, "the matrix was packed for other kernels");
   check(x.ndim() == 2 && x.shape(1) == m.columns, "x needs " + std::to_string(m.columns) + " columns");
   OwnActivations a(run, x, fine);
   Floats out({x.shape(0), py::ssize_t(m.rows)});
-  run.multiply(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()), out.mutable_data(),
-               m.rows);
+  check(!prompt || m.kind == Kind::bf16, "prompts have a way of their own for bf16 alone");
+  const auto times = prompt ? prompts_of(run).multiply : run.multiply;
+  times(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()), out.mutable_data(), m.rows);
   return out;
 }
 
@@ -204,17 +215,26 @@ Floats glu(const std::string& kernels, Floats gate, Floats up, const std::string
 
 // Queries (count, head_dim), keys and values (positions, head_dim); the query i sees the positions [begin[i], end[i]).
 Floats attend(const std::string& kernels, Floats query, Floats keys, Floats values, Ints begin, Ints end,
-              const std::string& element) {
+              const std::string& element, bool prompt) {
   const Kernels& run = kernels_named(kernels);
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
             positions = static_cast<int>(keys.shape(0)), runs = runs_of(positions),
             size = Queries::part_size(d);
-  check(count <= kMostQueries, "at most 4 queries");
+  check(prompt || count <= kMostQueries, "at most 4 queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
   for (int i = 0; i < count; ++i)
     check(begin.at(i) >= 0 && begin.at(i) < end.at(i) && end.at(i) <= positions, "begin and end are out of range");
   Cache k(element_named(element), 1, positions, d, run.lanes), v(element_named(element), 1, positions, d, 1);
   for (int p = 0; p < positions; ++p) k.write(0, p, keys.data(p, 0)), v.write(0, p, values.data(p, 0));
+  if (prompt) {
+    Floats out({count, d});
+    std::vector<PromptQuery> queries;
+    for (int i = 0; i < count; ++i)
+      queries.push_back({query.data(i, 0), out.mutable_data(i, 0), begin.at(i), end.at(i)});
+    prompts_of(run).attend({count, queries.data(), k.elements(0, 0), v.elements(0, 0), k.scales(0, 0), v.scales(0, 0), d},
+                           element_named(element));
+    return out;
+  }
   std::vector<float> parts(size_t(count) * runs * size);
   const auto part = [&](int query, int from) { return parts.data() + (size_t(query) * runs + from / kRun) * size; };
   Floats out({count, d});
@@ -318,11 +338,12 @@ struct HeldModel {
 
   // Runs tokens; returns the best next token of each wanted one, and what was asked for besides, or None.
   py::tuple run(Ints ids, Ints rows, Ints positions, std::optional<Floats> thresholds, Ints want, bool with_logits,
-                bool with_decisions, bool with_shares, bool draft, int vocabulary) {
+                bool with_decisions, bool with_shares, bool draft, bool prompt, int vocabulary) {
     Call call = checked(ids, rows, positions, thresholds);
     within(want, call.count, "wanted token");
     check(want.size() <= call.count, "more tokens are wanted than there are");
-    call.draft = draft, call.wanted = static_cast<int>(want.size()), call.want = want.data();
+    check(!prompt || std::count(call.rows, call.rows + call.count, *call.rows) == call.count, "a prompt has one row");
+    call.draft = draft, call.prompt = prompt, call.wanted = static_cast<int>(want.size()), call.want = want.data();
     const int size = model.shape.vocabulary;
     check(vocabulary == size || (vocabulary > 0 && vocabulary < size && vocabulary % kChunk == 0),
           "a part of the vocabulary is whole chunks of it");
@@ -430,13 +451,21 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("pack_codes", &pack_codes_of);
   m.def("pack_floats", &pack_floats_of);
-  m.def("multiply", &multiply);
+  m.def("prompt_kernels", [] {
+    std::vector<std::string> found;
+    for (const Kernels* kernels : usable_kernels())
+      if (kernels->prompts) found.emplace_back(kernels->name);
+    return found;
+  });
+  m.def("multiply", &multiply, py::arg("kernels"), py::arg("matrix"), py::arg("x"), py::arg("fine"),
+        py::arg("prompt") = false);
   m.def("quantize", &quantize);
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
   m.def("draw", &draw);
   m.def("glu", &glu);
-  m.def("attend", &attend);
+  m.def("attend", &attend, py::arg("kernels"), py::arg("query"), py::arg("keys"), py::arg("values"),
+        py::arg("begin"), py::arg("end"), py::arg("element"), py::arg("prompt") = false);
   m.def("read_bandwidth", &read_bandwidth);
 
   py::class_<Matrix>(m, "Matrix");

@@ -20,9 +20,9 @@ namespace {
 // Linux saves AMX's registers only for a process that has asked for it.
 bool may_use_amx() {
   unsigned a, b, c, features;
-  constexpr unsigned tiles = 1u << 24, int8 = 1u << 25;
+  constexpr unsigned tiles = 1u << 24, int8 = 1u << 25, bf16 = 1u << 22;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || ~features & (tiles | int8)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || ~features & (tiles | int8 | bf16)) return false;
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
@@ -37,7 +37,7 @@ std::vector<const Kernels*> usable_kernels() {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni")) {
 #if GATESKIP_AMX
-      static const bool amx = may_use_amx();
+      static const bool amx = __builtin_cpu_supports("avx512bf16") && may_use_amx();
       if (amx) found.push_back(&amx_kernels);
 #endif
       found.push_back(&avx512_kernels);

@@ -48,6 +48,7 @@ struct Matrix {
 struct Activations {
   int columns = 0;  // whole chunks
   float* x = nullptr;
+  uint16_t* halves = nullptr;  // or none: for `PromptKernels`, of a token the nearest bfloat16, then what they leave
   int8_t* q = nullptr;
   int8_t* fine = nullptr;   // or none: 8 bits
   int16_t* wide = nullptr;  // kCoarser * q + fine; of four columns 0, 2, 1, 3; for kernels that read pairs
@@ -55,6 +56,7 @@ struct Activations {
   float* sum = nullptr;    // per chunk: scale * the sum of its codes
 
   int chunks() const { return columns / kChunk; }
+  size_t halves_apart() const { return 2 * size_t(columns) + 32; }  // tokens; never a whole page, where cache sets repeat
   float* floats(int token) const { return x + size_t(token) * columns; }
 };
 
@@ -72,6 +74,32 @@ struct Queries {
   int head_dim;
 
   static int part_size(int head_dim) { return head_dim + 2; }
+};
+
+// A prompt's query: what it is times, where what it attends to goes, and the positions that it sees.
+struct PromptQuery {
+  const float* x;  // already scaled
+  float* out;
+  int begin, end;
+};
+
+// Queries of one head's keys and values; those lie as of `Queries`, from position 0 on.
+struct PromptQueries {
+  int count;
+  const PromptQuery* queries;
+  const void *keys, *values;
+  const float *key_scales, *value_scales;
+  int head_dim;
+};
+
+// Many tokens of one sequence, where a processor has a faster way for them: attention, and products of bf16. What is
+// multiplied is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one. Sums are as exact as `Kernels`',
+// but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
+struct PromptKernels {
+  void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`
+  void (*multiply)(const Matrix&, int begin, int end, const Activations&, const int* tokens, int count, float* out,
+                   size_t stride);  // as `Kernels`', of bf16
+  void (*attend)(const PromptQueries&, Element);
 };
 
 struct Kernels {
@@ -95,6 +123,7 @@ struct Kernels {
   void (*attend)(const Queries&, Element);
   // What a query gets from all its runs, by their parts, which lie one after the other and are lost.
   void (*merge)(float* parts, int runs, int head_dim, float* out);
+  const PromptKernels* prompts;  // or none
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -106,6 +135,7 @@ extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
 #if GATESKIP_X86 && defined(__linux__)  // elsewhere nobody says how a process gets AMX's registers
 #define GATESKIP_AMX 1
 extern const Kernels amx_kernels;
+extern const PromptKernels amx_prompts;
 #else
 #define GATESKIP_AMX 0
 #endif

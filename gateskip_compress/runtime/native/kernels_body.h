@@ -659,7 +659,7 @@ void merge(float* parts, int runs, int head_dim, float* out) {
 template <class V>
 constexpr Kernels table(const char* name) {
   return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, glu<V>, attend<V>,
-          merge<V>};
+          merge<V>, nullptr};
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ Activations Model::activations(int columns) {
   Activations a;
   a.columns = padded(columns, kChunk);
   a.x = floats(size_t(kWindow) * a.columns);
+  if (kernels.prompts && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(kWindow * a.halves_apart() / 2));
   a.q = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
   if (shape.fine) {
     a.fine = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
@@ -56,6 +57,11 @@ void Model::prepare() {
     kept_heads_ += layer.kv_heads;
     most = std::max(most, layer.heads);
     stride_ = std::max(stride_, size_t(layer.heads + 2 * layer.kv_heads) * shape.head_dim);
+    const auto look = [&](const Matrix& m) { codes_ |= m.kind == Kind::int4 || m.kind == Kind::int8; };
+    for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      look(*m), floats_ |= m->kind == Kind::bf16;
+    for (const Branch* branch : {&layer.attention, &layer.mlp, &layer.draft_attention, &layer.draft_mlp})
+      look(branch->surrogate.gate), look(branch->surrogate.up), look(branch->surrogate.down);
   }
   normed_ = activations(shape.width);
   mixed_ = activations(most * shape.head_dim);
@@ -75,9 +81,11 @@ void Model::prepare() {
   values_ = Cache(shape.element, heads, shape.context, shape.head_dim, 1);
   for (Lists& lists : lists_)
     for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
+  for (Lists& lists : lists_) lists.queries.reserve(kernels.prompts ? size_t(kWindow) * most : 0);
 }
 
 void Model::run(const Call& call) {
+  prompts_ = call.prompt && call.count >= kPrompt ? kernels.prompts : nullptr;
   team_.run([&](int thread) { work(call, thread); });
 }
 
@@ -129,7 +137,7 @@ void Model::enter(const Call& call, const Branch& branch, bool there, int index,
   for (int token = begin; token < end; ++token) {
     float* x = normed_.floats(token);
     kernels.norm(hidden_ + size_t(token) * shape.width, branch.norm.data(), shape.width, shape.eps, x);
-    kernels.quantize(normed_, token, 0, shape.width);
+    round(normed_, token, 0, shape.width);
     keep[token] = there;
     if (decides && branch.follows) keep[token] = keep[token - kWindow];
     if (decides && !branch.follows) {
@@ -165,7 +173,7 @@ void Model::attention(const Call& call, int index, int thread) {
     const auto [begin, end] = share(call.count, thread);
     for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
     team_.wait();
-    attend(call, index, lists.kept, thread);
+    prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
   } else {
     team_.wait();
   }
@@ -300,15 +308,54 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
   for (int i = begin; i < end; ++i) {
     for (int head = 0; few && head < layer.heads; ++head)
       merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
-    kernels.quantize(mixed_, tokens[i], 0, layer.heads * d);
+    round(mixed_, tokens[i], 0, layer.heads * d);
   }
   team_.wait();
+}
+
+// Each thread takes a share of the queries, those of the same keys at once.
+void Model::attend_prompt(const Call& call, int index, const std::vector<int>& tokens, int thread) {
+  const Layer& layer = layers[index];
+  const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = layer.heads / layer.kv_heads;
+  const int of_head = count * group;
+  const Range own = share(count * layer.heads, thread);
+  std::vector<PromptQuery>& queries = lists_[thread].queries;
+  for (int at = own.begin; at < own.end;) {
+    const int kv_head = at / of_head, last = std::min(own.end, (kv_head + 1) * of_head);
+    const size_t from = slot(call, layer, tokens[0], kv_head);
+    queries.clear();
+    for (; at < last; ++at) {
+      const int token = tokens[at % of_head / group], position = call.positions[token];
+      const size_t head = size_t(kv_head * group + at % group) * d;
+      queries.push_back(
+          {qkv_ + token * stride_ + head, mixed_.floats(token) + head, seen_from(layer, position), position + 1});
+    }
+    prompts_->attend({static_cast<int>(queries.size()), queries.data(), keys_.elements(from, 0),
+                      values_.elements(from, 0), keys_.scales(from, 0), values_.scales(from, 0), d},
+                     shape.element);
+  }
+  team_.wait();
+  const auto [begin, end] = share(count, thread);
+  for (int i = begin; i < end; ++i) round(mixed_, tokens[i], 0, layer.heads * d);
+  team_.wait();
+}
+
+// For the weights that there are.
+void Model::round(const Activations& a, int token, int begin, int end) const {
+  if (codes_) kernels.quantize(a, token, begin, end);
+  if (prompts_ && floats_) prompts_->split(a, token, begin, end);
+}
+
+void Model::multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens, float* to,
+                     size_t stride) const {
+  const auto times = prompts_ && floats_ && m.kind == Kind::bf16 ? prompts_->multiply : kernels.multiply;
+  times(m, blocks.begin, blocks.end, from, tokens.data(), static_cast<int>(tokens.size()), to, stride);
 }
 
 void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to,
                      size_t stride, int thread) {
   const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
-  kernels.multiply(m, begin, end, from, tokens.data(), static_cast<int>(tokens.size()), to, stride);
+  multiply(m, {begin, end}, from, tokens, to, stride);
 }
 
 // The product is added to the stream.
@@ -323,23 +370,24 @@ void Model::multiply_add(const Matrix& m, const Activations& from, const std::ve
   }
 }
 
-// Whole spans of channels to each thread, so that it can round them at once.
+// Whole spans of channels to each thread, so that it can round them at once. Without `up`, the gate's own.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
   const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
   const int first = begin * kSpan, last = std::min(end * kSpan, gate.rows), lanes = kernels.lanes;
   if (first >= last) return;
-  const int from = first / lanes, to = (last + lanes - 1) / lanes, count = static_cast<int>(tokens.size());
-  kernels.multiply(gate, from, to, normed_, tokens.data(), count, inner_.x, inner_.columns);
-  kernels.multiply(up, from, to, normed_, tokens.data(), count, up_, shape.inner);
+  const Range blocks{first / lanes, (last + lanes - 1) / lanes};
+  multiply(gate, blocks, normed_, tokens, inner_.x, inner_.columns);
+  if (up.data) multiply(up, blocks, normed_, tokens, up_, shape.inner);
   for (int token : tokens) {
-    kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
-                shape.activation);
-    kernels.quantize(inner_, token, first, last);
+    if (up.data)
+      kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
+                  shape.activation);
+    round(inner_, token, first, last);
   }
 }
 
 void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
-  if (surrogate.up.data)
+  if (surrogate.up.data || (surrogate.gate.data && prompts_ && floats_))
     glu(surrogate.gate, surrogate.up, tokens, thread);
   else if (surrogate.gate.data)
     multiply(surrogate.gate, normed_, tokens, inner_.x, inner_.columns, thread);

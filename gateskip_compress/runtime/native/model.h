@@ -3,7 +3,7 @@
 //
 // A call runs any tokens: one of one sequence (decoding), several of one (a prompt, or drafted tokens to verify), or one
 // of each of several. A token is a row of the cache and a position in it; it sees that row's positions up to its own.
-// What a token gives does not depend on the others in its call.
+// What a token gives does not depend on the others in its call, up to rounding where that is a prompt.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,7 @@ namespace gateskip {
 constexpr int kWindow = 128;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
+constexpr int kPrompt = 9;    // tokens of a prompt that go `PromptKernels`' way, where there is one
 constexpr int kRescored = 32;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
@@ -77,6 +78,7 @@ struct Call {
   int count = 0;
   const int32_t *ids = nullptr, *rows = nullptr, *positions = nullptr;
   bool draft = false;  // by the gates for drafting
+  bool prompt = false;  // neighbouring tokens of one row, which may go the way of prompts
   const float* thresholds = nullptr;  // attention of layer l at 2l, its MLP at 2l + 1; or none: all run
   int wanted = 0;
   const int32_t* want = nullptr;  // tokens whose logits are computed
@@ -117,6 +119,7 @@ class Model {
   // Token numbers that one thread looks up in each branch.
   struct Lists {
     std::vector<int> all, kept, skipped;
+    std::vector<PromptQuery> queries;  // of one head of keys
   };
 
   Range share(int count, int thread) const;
@@ -128,9 +131,13 @@ class Model {
   void mlp(const Call& call, int layer, int thread);
   void place(const Call& call, int layer, int token, bool kept);
   void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
+  void attend_prompt(const Call& call, int layer, const std::vector<int>& tokens, int thread);
   int largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const;
   void read_out(const Call& call, int thread);
 
+  void round(const Activations& a, int token, int begin, int end) const;
+  void multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens, float* to,
+                size_t stride) const;
   void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
                 int thread);
   void multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread);
@@ -155,6 +162,8 @@ class Model {
   std::vector<int32_t> best_;  // (threads, kLogits)
   size_t kept_heads_ = 0;      // of a row of the cache, in all layers
   size_t stride_ = 0;          // of `qkv_`
+  bool codes_ = false, floats_ = false;     // whether layers have weights of codes, of bf16
+  const PromptKernels* prompts_ = nullptr;  // where this call goes their way
 };
 
 }  // namespace gateskip

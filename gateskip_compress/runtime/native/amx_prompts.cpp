@@ -1,0 +1,351 @@
+// Prompts by AMX's tiles of bfloat16: 16 tokens or queries, 32 columns and 16 rows at a time. What is multiplied is a sum
+// of two bfloat16, which is as good as 16 bits; weights are one.
+#include "kernels.h"
+
+#if GATESKIP_AMX
+#if !defined(__clang__)  // GCC 12 takes its own undefined vectors in this header for ours
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(                                                                   \
+                                 "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#endif
+#include "kernels_body.h"
+#include "room.h"
+#include "vector512.h"
+
+namespace gateskip {
+namespace {
+
+using V = Avx512;
+
+constexpr int kTile = 16;     // tokens, queries, rows or positions
+constexpr int kBytes = 1024;  // of a tile
+constexpr int kSums = kTile * V::lanes;
+
+static_assert(kChunk == 32 && V::lanes == kTile);
+
+struct Rooms {
+  Room<uint16_t> rows, shares;
+  Room<uint8_t> weights, keys, values;
+  Room<float> states;
+};
+
+Rooms& own_rooms() {
+  thread_local Rooms rooms;
+  return rooms;
+}
+
+// All registers hold 16 rows of 64 bytes: 0 and 1 sums, 4 and 5 what is multiplied, high and low, 6 and 7 with what.
+inline void shape_tiles() {
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 does not see that the next line reads all of it
+  _tile_loadconfig(&shapes);
+}
+
+// GCC 12 does not see that tiles read what was written before.
+inline void written() { asm volatile("" : : : "memory"); }
+
+// ---- two of bfloat16
+
+// What the nearest bfloat16 leaves.
+inline F<V> left(F<V> x) {
+  const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
+  return x - (F<V>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+}
+
+// The nearest of 32 floats.
+inline __m512i nearest(F<V> a, F<V> b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+
+struct Order {
+  alignas(64) uint16_t at[32] = {};
+};
+
+constexpr Order kZipped = [] {
+  Order order;
+  for (int i = 0; i < 32; ++i) order.at[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
+  return order;
+}();
+
+// a0 b0 a1 b1 ...
+inline __m512i zipped(__m512i a_then_b) {
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kZipped.at), a_then_b);
+}
+
+// Floats, filled up with zeros to whole 32.
+inline void split_row(const float* from, int count, uint16_t* high, uint16_t* low) {
+  for (int i = 0; i < count; i += 32) {
+    const F<V> x = V::load(from + i), y = i + V::lanes < count ? V::load(from + i + V::lanes) : V::set(0);
+    _mm512_storeu_si512(high + i, nearest(x, y));
+    _mm512_storeu_si512(low + i, nearest(left(x), left(y)));
+  }
+}
+
+void split(const Activations& a, int token, int begin, int end) {
+  float* from = a.floats(token);
+  for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
+  uint16_t* to = a.halves + size_t(token) * a.halves_apart() + begin;
+  split_row(from + begin, padded(end, kChunk) - begin, to, to + a.columns);
+}
+
+// ---- products
+
+// Rows times two of tiles, `steps` of each: 16 sums a row of each. Low halves of rows lie `low_at` after the high ones,
+// those of tiles after each tile.
+template <bool low_rows, bool low_tiles>
+inline void multiply_two(const uint16_t* rows, size_t low_at, size_t apart, const uint8_t* first,
+                         const uint8_t* second, int steps, float* to_first, float* to_second, size_t stride) {
+  constexpr size_t step_bytes = (low_tiles ? 2 : 1) * kBytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int step = 0; step < steps; ++step, rows += 32, first += step_bytes, second += step_bytes) {
+    _tile_loadd(4, rows, 2 * apart);
+    _tile_loadd(6, first, 64);
+    _tile_loadd(7, second, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (low_rows) {
+      _tile_loadd(5, rows + low_at, 2 * apart);
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+    }
+    if constexpr (low_tiles) {
+      _tile_loadd(6, first + kBytes, 64);
+      _tile_loadd(7, second + kBytes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, to_first, 4 * stride);
+  _tile_stored(1, to_second, 4 * stride);
+}
+
+// A block of rows as tiles, one for each 32 columns: of each pair of them two of every row.
+void tiles_of(const Matrix& m, int block, uint8_t* to) {
+  const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
+  const auto column = [&](int i) {
+    return i < m.columns ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2 * V::lanes * i))
+                         : _mm256_setzero_si256();
+  };
+  for (int i = 0; i < padded(m.columns, kChunk); i += 2, to += 4 * V::lanes)
+    _mm512_store_si512(to, zipped(_mm512_inserti64x4(_mm512_castsi256_si512(column(i)), column(i + 1), 1)));
+  written();
+}
+
+// The tokens' rows one after the other, filled up to whole tiles: where they lie, or a copy.
+const uint16_t* rows_of(const Activations& a, const int* tokens, int count, Rooms& rooms) {
+  const size_t apart = a.halves_apart();
+  bool as_they_lie = count % kTile == 0;
+  for (int i = 1; i < count && as_they_lie; ++i) as_they_lie = tokens[i] == tokens[0] + i;
+  if (as_they_lie) return a.halves + tokens[0] * apart;
+  uint16_t* to = rooms.rows.of(padded(count, kTile) * apart);
+  for (int i = 0; i < padded(count, kTile); ++i)
+    std::memcpy(to + i * apart, a.halves + tokens[std::min(i, count - 1)] * apart, sizeof(uint16_t) * apart);
+  written();
+  return to;
+}
+
+template <bool low>
+void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+                    float* out, size_t stride) {
+  Rooms& rooms = own_rooms();
+  const int chunks = padded(m.columns, kChunk) / kChunk;
+  const size_t size = size_t(chunks) * kBytes, apart = a.halves_apart();
+  const uint16_t* rows = rows_of(a, tokens, count, rooms);
+  uint8_t* weights = rooms.weights.of(2 * size);
+  alignas(64) float sums[2][kSums];
+  shape_tiles();
+  for (int first = begin; first < end; first += 2) {
+    const int blocks = std::min(2, end - first);
+    for (int i = 0; i < blocks; ++i) tiles_of(m, first + i, weights + i * size);
+    for (int from = 0; from < count; from += kTile) {
+      multiply_two<low, false>(rows + from * apart, a.columns, apart, weights, weights + (blocks - 1) * size, chunks,
+                               sums[0], sums[1], V::lanes);
+      for (int t = 0; t < kTile && from + t < count; ++t)
+        for (int i = 0; i < blocks; ++i)
+          put<V>(m, first + i, start<V>(m, first + i) + V::load(sums[i] + t * V::lanes),
+                 out + tokens[from + t] * stride);
+    }
+  }
+  _tile_release();
+}
+
+void multiply_prompt(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+                     float* out, size_t stride) {
+  if (count == 0 || begin >= end) return;
+  return a.fine ? multiply_tiles<true>(m, begin, end, a, tokens, count, out, stride)
+                : multiply_tiles<false>(m, begin, end, a, tokens, count, out, stride);
+}
+
+// ---- attention
+
+// Two neighbouring rows of 16 floats as pairs: a tile's row, and that of what it leaves, a tile further.
+inline void put_pairs(F<V> a, F<V> b, uint8_t* to) {
+  _mm512_store_si512(to, zipped(nearest(a, b)));
+  _mm512_store_si512(to + kBytes, zipped(nearest(left(a), left(b))));
+}
+
+// Keys of a run's positions [0, end), filled up to whole 32: for each 16, for each 32 channels, a tile, high and low.
+template <class E>
+void widen_keys(const PromptQueries& of, int run, int end, uint8_t* to) {
+  const int d = of.head_dim;
+  const E* keys = static_cast<const E*>(of.keys) + size_t(run) * kRun * d;
+  for (int block = 0; block < padded(end, 32) / V::lanes; ++block) {
+    const int own = block * V::lanes < end ? d : 0;
+    F<V> scale = V::set(1);
+    if constexpr (scaled<E>)
+      if (own) scale = V::load(of.key_scales + run * kRun + block * V::lanes);
+    const auto channel = [&](int i) {
+      return i < own ? element<V>(keys + (size_t(block) * d + i) * V::lanes) * scale : V::set(0);
+    };
+    for (int from = 0; from < d; from += 32, to += 2 * kBytes)
+      for (int i = 0; i < 32; i += 2) put_pairs(channel(from + i), channel(from + i + 1), to + i / 2 * 4 * V::lanes);
+  }
+  written();
+}
+
+// Values likewise: for each 16 channels, for each 32 positions of a run, a tile, high and low.
+template <class E>
+void widen_values(const PromptQueries& of, int run, int end, uint8_t* to) {
+  const int d = of.head_dim;
+  const E* values = static_cast<const E*>(of.values) + size_t(run) * kRun * d;
+  const auto row = [&](int position, int channel) {
+    if (position >= end) return V::set(0);
+    F<V> v = element<V>(values + size_t(position) * d + channel);
+    if constexpr (scaled<E>) v = v * V::set(of.value_scales[run * kRun + position]);
+    return v;
+  };
+  for (int channel = 0; channel < d; channel += V::lanes, to += kRun / 32 * 2 * kBytes)
+    for (int position = 0; position < padded(end, 32); position += 2)
+      put_pairs(row(position, channel), row(position + 1, channel),
+                to + position / 32 * 2 * kBytes + position % 32 / 2 * 4 * V::lanes);
+  written();
+}
+
+// 16 queries that wait for what they have not seen yet: the parts that they got so far, as of `Queries`.
+struct Waiting {
+  float *values, *top, *sum;  // (16, head_dim), (16), (16)
+};
+
+// What a run of positions gives to queries, their split rows at hand.
+void attend_run(const PromptQueries& to, int first, int count, int run, const uint16_t* rows, const uint8_t* keys,
+                const uint8_t* values, const Waiting& now, Rooms& rooms) {
+  constexpr int stride = kRun + V::lanes;  // further apart than the cache's sets repeat
+  constexpr size_t apart = 2 * kRun + 32;
+  const int d = to.head_dim, depth = padded(d, 32), base = run * kRun;
+  const auto within = [&](int position) { return std::min(std::max(position - base, 0), kRun); };
+  int begin = kRun, end = 0;
+  for (int i = 0; i < count; ++i) {
+    const PromptQuery& query = to.queries[first + i];
+    if (within(query.begin) >= within(query.end)) continue;
+    begin = std::min(begin, within(query.begin)), end = std::max(end, within(query.end));
+  }
+  if (begin >= end) return;
+  begin = begin / 32 * 32, end = padded(end, 32);
+  alignas(64) float scores[kTile * stride], mixed[2][kSums];
+  for (int p = begin; p < end; p += 32) {
+    const uint8_t* own = keys + size_t(p / V::lanes) * (depth / 32) * 2 * kBytes;
+    multiply_two<true, true>(rows, depth, 2 * depth, own, own + size_t(depth / 32) * 2 * kBytes, depth / 32, scores + p,
+                             scores + p + V::lanes, stride);
+  }
+  uint16_t* shares = rooms.shares.of(kTile * apart);
+  float kept[kTile], added[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    float* own = scores + i * stride;
+    const int from = i < count ? within(to.queries[first + i].begin) : 0,
+              until = i < count ? within(to.queries[first + i].end) : 0;
+    kept[i] = 1, added[i] = 0;
+    if (from < until) {
+      float top, sum;
+      weigh<V>(own, from, until, top, sum);
+      const float most = std::max(now.top[i], top);
+      kept[i] = std::exp(now.top[i] - most), added[i] = std::exp(top - most);
+      now.top[i] = most, now.sum[i] = now.sum[i] * kept[i] + sum * added[i];
+    }
+    const int weighed = from < until ? from / V::lanes * V::lanes : end, weighed_to = padded(until, V::lanes);
+    for (int p = begin; p < end; p += V::lanes)
+      if (p < weighed || p >= weighed_to) V::store(own + p, V::set(0));
+    split_row(own + begin, end - begin, shares + i * apart + begin, shares + i * apart + kRun + begin);
+  }
+  written();
+  for (int channel = 0; channel < d; channel += 2 * V::lanes) {
+    const bool two = channel + V::lanes < d;
+    const uint8_t* own = values + (size_t(channel / V::lanes) * (kRun / 32) + begin / 32) * 2 * kBytes;
+    multiply_two<true, true>(shares + begin, kRun, apart, own, two ? own + kRun / 32 * 2 * kBytes : own, (end - begin) / 32,
+                             mixed[0], mixed[1], V::lanes);
+    for (int i = 0; i < count; ++i)
+      for (int part = 0; part <= two; ++part) {
+        float* at = now.values + i * d + channel + part * V::lanes;
+        V::store(at, V::fma(V::load(mixed[part] + i * V::lanes), V::set(added[i]), V::load(at) * V::set(kept[i])));
+      }
+  }
+}
+
+template <class E>
+void attend_all(const PromptQueries& to) {
+  Rooms& rooms = own_rooms();
+  const int d = to.head_dim, depth = padded(d, 32), all = padded(to.count, kTile);
+  uint16_t* rows = rooms.rows.of(size_t(all) * 2 * depth);
+  float* states = rooms.states.of(size_t(all) * (d + 2));
+  const Waiting waiting{states, states + size_t(all) * d, states + size_t(all) * (d + 1)};
+  int begin = to.queries[0].begin, end = 0;
+  for (int i = 0; i < to.count; ++i) {
+    begin = std::min(begin, to.queries[i].begin), end = std::max(end, to.queries[i].end);
+    split_row(to.queries[i].x, d, rows + size_t(i) * 2 * depth, rows + size_t(i) * 2 * depth + depth);
+  }
+  std::memset(rows + size_t(to.count) * 2 * depth, 0, sizeof(uint16_t) * (all - to.count) * 2 * depth);
+  std::fill_n(waiting.values, size_t(all) * d, 0.0f);
+  std::fill_n(waiting.top, all, -INFINITY);
+  std::fill_n(waiting.sum, all, 0.0f);
+  uint8_t* keys = rooms.keys.of(size_t(kRun) * depth * 4);
+  uint8_t* values = rooms.values.of(size_t(kRun) * d * 4);
+  shape_tiles();
+  for (int run = begin / kRun; run < runs_of(end); ++run) {
+    const int seen = std::min(kRun, end - run * kRun);
+    widen_keys<E>(to, run, seen, keys);
+    widen_values<E>(to, run, seen, values);
+    for (int first = 0; first < to.count; first += kTile)
+      attend_run(to, first, std::min(kTile, to.count - first), run, rows + size_t(first) * 2 * depth, keys, values,
+                 {waiting.values + size_t(first) * d, waiting.top + first, waiting.sum + first}, rooms);
+  }
+  _tile_release();
+  for (int i = 0; i < to.count; ++i)
+    for (int channel = 0; channel < d; channel += V::lanes)
+      V::store(to.queries[i].out + channel, V::load(waiting.values + size_t(i) * d + channel) / V::set(waiting.sum[i]));
+}
+
+void attend_prompt(const PromptQueries& to, Element element) {
+  if (to.count == 0) return;
+  switch (element) {
+    case Element::f32: return attend_all<float>(to);
+    case Element::f16: return attend_all<uint16_t>(to);
+    case Element::int8: return attend_all<int8_t>(to);
+  }
+}
+
+}  // namespace
+
+const PromptKernels amx_prompts = {split, multiply_prompt, attend_prompt};
+
+}  // namespace gateskip
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

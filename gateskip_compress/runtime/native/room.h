@@ -1,0 +1,26 @@
+// Memory that grows and stays.
+#pragma once
+
+#include <memory>
+
+#include "kernels.h"
+
+namespace gateskip {
+
+template <class T>
+class Room {
+ public:
+  T* of(size_t count) {
+    if (count > size_) {
+      held_.reset(new uint8_t[count * sizeof(T) + 64]);
+      size_ = count;
+    }
+    return reinterpret_cast<T*>(at_line(held_.get()));
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> held_;
+  size_t size_ = 0;
+};
+
+}  // namespace gateskip
