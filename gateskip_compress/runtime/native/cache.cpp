@@ -4,12 +4,11 @@
 #include <cmath>
 #include <new>
 
-#include "pack.h"
-
 namespace gateskip {
 
-Cache::Cache(Element element, size_t heads, int context, int head_dim, int step)
-    : element_(element),
+Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step)
+    : kernels_(&kernels),
+      element_(element),
       positions_(padded(context, kMostLanes)),
       head_dim_(head_dim),
       size_(element == Element::f32 ? 4 : element == Element::f16 ? 2 : 1),
@@ -23,10 +22,15 @@ void Cache::write(size_t head, int position, const float* values) {
   const auto each = [&](auto* to, auto convert) {
     for (size_t i = 0; i < head_dim_; ++i) to[i * step_] = convert(values[i]);
   };
-  switch (element_) {
-    case Element::f32: return each(first<float>(head, position), [](float x) { return x; });
-    case Element::f16: return each(first<uint16_t>(head, position), to_f16);
-    case Element::int8: break;
+  if (element_ == Element::f32) return each(first<float>(head, position), [](float x) { return x; });
+  if (element_ == Element::f16) {
+    uint16_t halves[kMostLanes], *to = first<uint16_t>(head, position);
+    for (size_t i = 0; i < head_dim_; i += kMostLanes) {
+      const size_t count = std::min(head_dim_ - i, size_t(kMostLanes));
+      kernels_->halve(values + i, static_cast<int>(count), step_ == 1 ? to + i : halves);
+      for (size_t j = 0; step_ != 1 && j < count; ++j) to[(i + j) * step_] = halves[j];
+    }
+    return;
   }
   float most = 0, poison = 0;
   for (size_t i = 0; i < head_dim_; ++i) most = std::max(most, std::fabs(values[i])), poison += values[i] * 0;

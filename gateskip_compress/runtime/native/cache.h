@@ -13,7 +13,7 @@ namespace gateskip {
 class Cache {
  public:
   Cache() = default;
-  Cache(Element element, size_t heads, int context, int head_dim, int step);
+  Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step);
 
   void write(size_t head, int position, const float* values);
   void copy(size_t from, size_t to, int position);  // one head's position to another's
@@ -33,6 +33,7 @@ class Cache {
     return reinterpret_cast<T*>(data_.get()) + head * positions_ * head_dim_ + in_block;
   }
 
+  const Kernels* kernels_ = nullptr;
   Element element_ = Element::f16;
   size_t positions_ = 0, head_dim_ = 0, size_ = 0;
   int step_ = 1;

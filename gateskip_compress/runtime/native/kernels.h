@@ -111,6 +111,7 @@ struct Kernels {
   // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk.
   // An infinite or undefined value makes its span's scale undefined, and so every output.
   void (*quantize)(const Activations&, int token, int begin, int end);
+  void (*halve)(const float* x, int count, uint16_t* to);  // to the nearest f16, finite as `to_f16`; whole vectors
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
   float (*dot)(const float* x, const float* y, int width);

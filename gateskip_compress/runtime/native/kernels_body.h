@@ -2,10 +2,11 @@
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes of
 // them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad
-// (the same 4 activations in all lanes); codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times
+// (the same 4 activations in all lanes); put_bytes and put_f16, which store codes and floats as these; sum and most, of
+// integers; codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times
 // activations and are widened after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are,
-// not as two of 8: pairs4 and pairs8 give codes two by two, crossed the columns 0, 2, 1, 3 of each four, pair two
-// activations in all lanes, add_products a sum and their products, and whole floats of integers.
+// not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed stores activations in columns 0, 2, 1, 3 of each
+// four, pair loads two in all lanes, add_products a sum and their products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -315,25 +316,6 @@ void multiply(const Matrix& m, int begin, int end, const Activations& a, const i
 
 // ---- what goes token by token
 
-// Rounds a chunk to codes from -127 to 127 and returns their sum; `x` becomes what rounding left, times `back`.
-template <class V>
-inline int round_chunk(float (&x)[kChunk], float back, int32_t (&codes)[kChunk]) {
-  using I = typename V::I;
-  const F<V> round = V::set(12582912.0f);
-  for (int i = 0; i < kChunk; i += V::lanes) {
-    // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
-    F<V> v = V::load(x + i) * V::set(back);
-    v = v > V::set(127) ? V::set(127) : v;
-    v = v > V::set(-127) ? v : V::set(-127);
-    const I code = (I)(v + round) - (I)round;
-    V::store(x + i, v - (v + round - round));
-    std::memcpy(codes + i, &code, sizeof code);
-  }
-  int sum = 0;
-  for (int code : codes) sum += code;
-  return sum;
-}
-
 // The largest absolute value, by bits, of which those of what is undefined are larger still.
 template <class V>
 inline float largest(const float* x, int count) {
@@ -343,52 +325,65 @@ inline float largest(const float* x, int count) {
     const I size = (I)V::load(x + i) & 0x7fffffff;
     most = size > most ? size : most;
   }
-  int32_t lane[V::lanes], top = 0;
-  std::memcpy(lane, &most, sizeof most);
-  for (int32_t size : lane) top = size > top ? size : top;
+  const int32_t top = V::most(most);
   float value;
   std::memcpy(&value, &top, sizeof value);
   return value;
 }
 
-// A loop by itself, which compilers turn into vectors.
-template <class To>
-inline void narrow(const int32_t (&codes)[kChunk], To* to) {
-  for (int i = 0; i < kChunk; ++i) to[i] = static_cast<To>(codes[i]);
+// To codes from -127 to 127; `x` becomes what rounding left.
+template <class V>
+inline typename V::I rounded(F<V>& x) {
+  using I = typename V::I;
+  const F<V> round = V::set(12582912.0f), most = V::set(127);
+  x = x > most ? most : x;
+  x = x > -most ? x : -most;
+  const F<V> shifted = x + round;
+  x = x - (shifted - round);
+  return (I)shifted - (I)round;
 }
 
 template <class V>
 void quantize(const Activations& a, int token, int begin, int end) {
+  using I = typename V::I;
   float* from = a.floats(token);
   for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
-  float top = 0, scale = 0;
+  float top = 0, scale = 0, back = 0;
   for (int column = begin; column < end; column += kChunk) {
     if ((column - begin) % kSpan == 0) {
       top = largest<V>(from + column, padded(end, kChunk) - column < kSpan ? kChunk : kSpan);
       scale = (top / 127 + top * 0) / static_cast<float>(a.fine ? kCoarser : 1);
+      back = top > 0 ? 127 / top : 0;  // infinite for the smallest numbers: `rounded` holds what that throws out of range
     }
-    float x[kChunk];  // by whole vectors: what `memcpy` stores in halves would have to reach memory before it is loaded
-    for (int i = 0; i < kChunk; i += V::lanes) V::store(x + i, V::load(from + column + i));
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
-    int32_t q[kChunk], fine[kChunk];
-    int sum = round_chunk<V>(x, top > 0 ? 127 / top : 0, q);
-    narrow(q, a.q + place * kChunk);
-    if (a.fine) {
-      sum = kCoarser * sum + round_chunk<V>(x, kCoarser, fine);
-      narrow(fine, a.fine + place * kChunk);
-      if constexpr (V::paired) {  // in place of `q`, which is stored by now
-        for (int i = 0; i < kChunk; i += V::lanes) {
-          typename V::I coarse, rest;
-          std::memcpy(&coarse, q + i, sizeof coarse);
-          std::memcpy(&rest, fine + i, sizeof rest);
-          const auto wide = V::crossed(kCoarser * coarse + rest);
-          std::memcpy(q + i, &wide, sizeof wide);
-        }
-        narrow(q, a.wide + place * kChunk);
+    I sums = {};
+    for (int i = 0; i < kChunk; i += V::lanes) {
+      F<V> x = V::load(from + column + i) * V::set(back);
+      I code = rounded<V>(x);
+      V::put_bytes(a.q + place * kChunk + i, code);
+      if (a.fine) {
+        x = x * V::set(kCoarser);
+        const I rest = rounded<V>(x);
+        V::put_bytes(a.fine + place * kChunk + i, rest);
+        code = code * kCoarser + rest;
+        if constexpr (V::paired) V::put_crossed(a.wide + place * kChunk + i, code);
       }
+      sums += code;
     }
     a.scale[place] = scale;
-    a.sum[place] = scale * static_cast<float>(sum);
+    a.sum[place] = scale * static_cast<float>(V::sum(sums));
+  }
+}
+
+// To the nearest f16, as `to_f16`.
+template <class V>
+void halve(const float* x, int count, uint16_t* to) {
+  const F<V> most = V::set(65504);
+  for (int i = 0; i < count; i += V::lanes) {
+    F<V> v = V::load(x + i);
+    v = v > most ? most : v;
+    v = v < -most ? -most : v;
+    V::put_f16(to + i, v);
   }
 }
 
@@ -658,8 +653,8 @@ void merge(float* parts, int runs, int head_dim, float* out) {
 
 template <class V>
 constexpr Kernels table(const char* name) {
-  return {name, V::lanes, multiply<V>, quantize<V>, norm<V>, dot<V>, exp_sum<V>, draw<V>, glu<V>, attend<V>,
-          merge<V>, nullptr};
+  return {name,    V::lanes, multiply<V>, quantize<V>, halve<V>,  norm<V>, dot<V>,
+          exp_sum<V>, draw<V>,  glu<V>,      attend<V>,   merge<V>, nullptr};
 }
 
 }  // namespace

@@ -77,8 +77,8 @@ void Model::prepare() {
   best_.resize(size_t(team_.size()) * kLogits);
   keep_.resize(2 * layers.size() * kWindow);
   const size_t heads = shape.rows * kept_heads_;
-  keys_ = Cache(shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
-  values_ = Cache(shape.element, heads, shape.context, shape.head_dim, 1);
+  keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
+  values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1);
   for (Lists& lists : lists_)
     for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
   for (Lists& lists : lists_) lists.queries.reserve(kernels.prompts ? size_t(kWindow) * most : 0);

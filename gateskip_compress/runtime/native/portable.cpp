@@ -1,5 +1,8 @@
 // Kernels in plain C++ and the compiler's own vectors, for any processor.
+#include <algorithm>
+
 #include "kernels_body.h"
+#include "pack.h"
 
 namespace gateskip {
 namespace {
@@ -43,6 +46,15 @@ struct Portable {
     F v;
     for (int i = 0; i < lanes; ++i) v[i] = p[i];
     return v;
+  }
+
+  static int32_t sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
+  static int32_t most(I v) { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
+  static void put_bytes(int8_t* to, I v) {
+    for (int i = 0; i < lanes; ++i) to[i] = static_cast<int8_t>(v[i]);
+  }
+  static void put_f16(uint16_t* to, F v) {
+    for (int i = 0; i < lanes; ++i) to[i] = to_f16(v[i]);
   }
 
   static Codes codes(const uint8_t* p) {

@@ -31,6 +31,26 @@ struct Avx2 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 
+  static int32_t sum(I v) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 1)));
+  }
+  static int32_t most(I v) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 1)));
+  }
+  static __m128i shorts(I v) {
+    return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  }
+  static void put_bytes(int8_t* to, I v) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(shorts(v), shorts(v)));
+  }
+  static void put_f16(uint16_t* to, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
   using Codes = __m256i;
   static Codes codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static __m256i low(__m256i c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
@@ -80,7 +100,10 @@ struct Avx2 {
   static I pairs8(const uint8_t* p) {
     return (I)_mm256_srai_epi16(i == 0 ? _mm256_slli_epi16(codes8(p), 8) : codes8(p), 8);
   }
-  static I crossed(I v) { return (I)_mm256_shuffle_epi32((__m256i)v, 0b11011000); }
+  static void put_crossed(int16_t* to, I v) {
+    const I crossed = (I)_mm256_shuffle_epi32((__m256i)v, 0b11011000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), shorts(crossed));
+  }
   static I pair(const int16_t* x) {
     int32_t two;
     std::memcpy(&two, x, 4);

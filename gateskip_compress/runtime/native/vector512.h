@@ -31,6 +31,15 @@ struct Avx512 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
+  static int32_t sum(I v) { return _mm512_reduce_add_epi32((__m512i)v); }
+  static int32_t most(I v) { return _mm512_reduce_max_epi32((__m512i)v); }
+  static void put_bytes(int8_t* to, I v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+  }
+  static void put_f16(uint16_t* to, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
   using Codes = __m512i;
   static Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static __m512i low(__m512i c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
