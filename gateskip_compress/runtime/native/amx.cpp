@@ -92,16 +92,18 @@ Inputs gather(const Matrix& m, const Activations& a, const int* tokens, int coun
   in.shifts = rooms.shifts.of(size_t(in.tiles) * in.groups * T);
   for (int i = 0; i < count; ++i) {
     const int tile = i / T, t = i % T;
-    float shift = 0;
-    for (int span = 0; span < in.spans; ++span) {
-      const size_t from = size_t(tokens[i]) * a.chunks() + span * (kSpan / kChunk), to = size_t(tile) * in.spans + span;
-      int8_t* row = in.codes + to * size + t * kSpan;
-      std::memcpy(row, a.q + from * kChunk, kSpan);
-      if constexpr (fine) std::memcpy(row + T * kSpan, a.fine + from * kChunk, kSpan);
-      in.scales[to * T + t] = a.scale[from];
-      if (span % per_group == 0) shift = 0;
-      for (int chunk = 0; chunk < kSpan / kChunk; ++chunk) shift += a.sum[from + chunk];
-      in.shifts[(size_t(tile) * in.groups + span / per_group) * T + t] = shift;
+    size_t from = size_t(tokens[i]) * a.chunks(), to = size_t(tile) * in.spans;
+    float* shift = in.shifts + size_t(tile) * in.groups * T + t;
+    for (int span = 0; span < in.spans; shift += T) {
+      float sum = 0;
+      for (const int end = std::min(span + per_group, in.spans); span < end; ++span, ++to) {
+        int8_t* row = in.codes + to * size + t * kSpan;
+        std::memcpy(row, a.q + from * kChunk, kSpan);
+        if constexpr (fine) std::memcpy(row + T * kSpan, a.fine + from * kChunk, kSpan);
+        in.scales[to * T + t] = a.scale[from];
+        for (int chunk = 0; chunk < kSpan / kChunk; ++chunk) sum += a.sum[from++];
+      }
+      *shift = sum;
     }
   }
   return in;
@@ -111,7 +113,7 @@ Inputs gather(const Matrix& m, const Activations& a, const int* tokens, int coun
 // span, all there is to a token is one vector, and 16 of them stay in registers.
 template <Kind K, bool fine, int T, bool group_is_span>
 void tile_block(const Matrix& m, int block, const Inputs& in, int tile, const uint8_t* codes, const int* tokens,
-                int count, float* out, size_t stride) {
+                int count, const Outputs& out) {
   using C = Coded<V, K>;
   const int per_group = group_is_span ? 1 : m.group / kSpan, group_bytes = 5 * V::lanes + per_group * 2 * C::bytes;
   const uint8_t* packed = m.data + block * block_bytes(m, V::lanes);
@@ -149,7 +151,7 @@ void tile_block(const Matrix& m, int block, const Inputs& in, int tile, const ui
     });
   }
   unrolled<T>([&](auto t) {
-    if (t < count) put<V>(m, block, y[t], out + tokens[t] * stride);
+    if (t < count) put<V>(m, block, y[t], out, tokens[t]);
   });
 }
 
@@ -171,7 +173,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
 
 template <Kind K, bool fine, int T>
 void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                    float* out, size_t stride) {
+                    const Outputs& out) {
   Rooms& rooms = own_rooms();
   const Inputs in = gather<fine, T>(m, a, tokens, count, rooms);
   uint8_t* codes = K == Kind::int4 ? rooms.codes.of(size_t(in.spans) * kWeights) : nullptr;
@@ -180,21 +182,21 @@ void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, c
   for (int block = begin; block < end; ++block) {
     if constexpr (K == Kind::int4) spread(m, block, codes);
     for (int tile = 0; tile < in.tiles; ++tile)
-      times(m, block, in, tile, codes, tokens + tile * T, std::min(T, count - tile * T), out, stride);
+      times(m, block, in, tile, codes, tokens + tile * T, std::min(T, count - tile * T), out);
   }
   _tile_release();
 }
 
-void multiply_some(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
-                   size_t stride) {
+void multiply_some(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+                   const Outputs& out) {
   const bool floats = m.kind == Kind::bf16 || m.kind == Kind::f32;
   if (floats || count < kFewest || !spans(m) || m.columns % kSpan)
-    return multiply<V>(m, begin, end, a, tokens, count, out, stride);
+    return multiply<V>(m, begin, end, a, tokens, count, out);
   const auto of_kind = [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     const auto times = [&](auto T) {
-      return a.fine ? multiply_tiles<K, true, T>(m, begin, end, a, tokens, count, out, stride)
-                    : multiply_tiles<K, false, T>(m, begin, end, a, tokens, count, out, stride);
+      return a.fine ? multiply_tiles<K, true, T>(m, begin, end, a, tokens, count, out)
+                    : multiply_tiles<K, false, T>(m, begin, end, a, tokens, count, out);
     };
     if (count <= 4) return times(std::integral_constant<int, 4>());
     if (count <= 8) return times(std::integral_constant<int, 8>());

@@ -161,7 +161,7 @@ const uint16_t* rows_of(const Activations& a, const int* tokens, int count, Room
 
 template <bool low>
 void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                    float* out, size_t stride) {
+                    const Outputs& out) {
   Rooms& rooms = own_rooms();
   const int chunks = padded(m.columns, kChunk) / kChunk;
   const size_t size = size_t(chunks) * kBytes, apart = a.halves_apart();
@@ -177,18 +177,17 @@ void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, c
                                sums[0], sums[1], V::lanes);
       for (int t = 0; t < kTile && from + t < count; ++t)
         for (int i = 0; i < blocks; ++i)
-          put<V>(m, first + i, start<V>(m, first + i) + V::load(sums[i] + t * V::lanes),
-                 out + tokens[from + t] * stride);
+          put<V>(m, first + i, start<V>(m, first + i) + V::load(sums[i] + t * V::lanes), out, tokens[from + t]);
     }
   }
   _tile_release();
 }
 
 void multiply_prompt(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                     float* out, size_t stride) {
+                     const Outputs& out) {
   if (count == 0 || begin >= end) return;
-  return a.fine ? multiply_tiles<true>(m, begin, end, a, tokens, count, out, stride)
-                : multiply_tiles<false>(m, begin, end, a, tokens, count, out, stride);
+  return a.fine ? multiply_tiles<true>(m, begin, end, a, tokens, count, out)
+                : multiply_tiles<false>(m, begin, end, a, tokens, count, out);
 }
 
 // ---- attention
@@ -236,6 +235,28 @@ void widen_values(const PromptQueries& of, int run, int end, uint8_t* to) {
   written();
 }
 
+// Scores of the positions [from, until) to weights e^(score - top), as two of bfloat16; 0 for the others in [begin, end),
+// whole 32.
+inline void weigh_row(const float* scores, int from, int until, int begin, int end, uint16_t* high, uint16_t* low,
+                      float& top, float& sum) {
+  const auto until_here = [](int last, int at) { return (1u << std::min(std::max(last - at, 0), V::lanes)) - 1; };
+  const auto seen = [&](int at) { return static_cast<__mmask16>(until_here(until, at) & ~until_here(from, at)); };
+  F<V> most = V::set(-INFINITY), total = V::set(0);
+  for (int at = begin; at < end; at += V::lanes) most = _mm512_mask_max_ps(most, seen(at), most, V::load(scores + at));
+  top = _mm512_reduce_max_ps(most);
+  for (int at = begin; at < end; at += 32) {
+    F<V> weights[2];
+    for (int i = 0; i < 2; ++i) {
+      const int own = at + i * V::lanes;
+      weights[i] = _mm512_maskz_mov_ps(seen(own), exponential<V>(V::load(scores + own) - V::set(top)));
+      total = total + weights[i];
+    }
+    _mm512_storeu_si512(high + at, nearest(weights[0], weights[1]));
+    _mm512_storeu_si512(low + at, nearest(left(weights[0]), left(weights[1])));
+  }
+  sum = _mm512_reduce_add_ps(total);
+}
+
 // 16 queries that wait for what they have not seen yet: the parts that they got so far, as of `Queries`.
 struct Waiting {
   float *values, *top, *sum;  // (16, head_dim), (16), (16)
@@ -265,21 +286,19 @@ void attend_run(const PromptQueries& to, int first, int count, int run, const ui
   uint16_t* shares = rooms.shares.of(kTile * apart);
   float kept[kTile], added[kTile];
   for (int i = 0; i < kTile; ++i) {
-    float* own = scores + i * stride;
+    uint16_t *high = shares + i * apart, *low = high + kRun;
     const int from = i < count ? within(to.queries[first + i].begin) : 0,
               until = i < count ? within(to.queries[first + i].end) : 0;
     kept[i] = 1, added[i] = 0;
     if (from < until) {
       float top, sum;
-      weigh<V>(own, from, until, top, sum);
+      weigh_row(scores + i * stride, from, until, begin, end, high, low, top, sum);
       const float most = std::max(now.top[i], top);
       kept[i] = std::exp(now.top[i] - most), added[i] = std::exp(top - most);
       now.top[i] = most, now.sum[i] = now.sum[i] * kept[i] + sum * added[i];
+    } else {
+      for (uint16_t* half : {high, low}) std::fill(half + begin, half + end, uint16_t(0));
     }
-    const int weighed = from < until ? from / V::lanes * V::lanes : end, weighed_to = padded(until, V::lanes);
-    for (int p = begin; p < end; p += V::lanes)
-      if (p < weighed || p >= weighed_to) V::store(own + p, V::set(0));
-    split_row(own + begin, end - begin, shares + i * apart + begin, shares + i * apart + kRun + begin);
   }
   written();
   for (int channel = 0; channel < d; channel += 2 * V::lanes) {

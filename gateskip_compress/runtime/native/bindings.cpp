@@ -164,7 +164,8 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   Floats out({x.shape(0), py::ssize_t(m.rows)});
   check(!prompt || m.kind == Kind::bf16, "prompts have a way of their own for bf16 alone");
   const auto times = prompt ? prompts_of(run).multiply : run.multiply;
-  times(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()), out.mutable_data(), m.rows);
+  times(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()),
+        {out.mutable_data(), size_t(m.rows), false});
   return out;
 }
 

@@ -190,28 +190,27 @@ inline F<V> start(const Matrix& m, int block) {
 
 // A block's rows of a token.
 template <class V>
-inline void put(const Matrix& m, int block, F<V> y, float* row) {
-  float* to = row + block * V::lanes;
+inline __attribute__((always_inline)) void put(const Matrix& m, int block, F<V> y, const Outputs& out, int token) {
+  float* to = out.at + token * out.stride + block * V::lanes;
   const int left = m.rows - block * V::lanes;
-  if (left >= V::lanes) return V::store(to, y);
+  if (left >= V::lanes) return V::store(to, out.added ? V::load(to) + y : y);
   float lane[V::lanes];
   V::store(lane, y);
-  std::memcpy(to, lane, sizeof(float) * left);
+  for (int i = 0; i < left; ++i) to[i] = out.added ? to[i] + lane[i] : lane[i];
 }
 
-template <class V, Kind K, bool fine, int T>
-inline void block_times(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
-                        size_t stride) {
+// One block times T tokens, the first `own` of which are wanted.
+template <class V, Kind K, bool fine, int T, int own = T>
+inline void block_times(const Matrix& m, int block, const Activations& a, const int* tokens, const Outputs& out) {
   F<V> y[T];
   for (int t = 0; t < T; ++t) y[t] = start<V>(m, block);
   coded_block<V, K, T, fine>(m, m.data + block * block_bytes(m, V::lanes), a, tokens, y);
-  for (int t = 0; t < T; ++t) put<V>(m, block, y[t], out + tokens[t] * stride);
+  for (int t = 0; t < own; ++t) put<V>(m, block, y[t], out, tokens[t]);
 }
 
 // B blocks of rows times T tokens, column by column: as many sums are under way as additions take cycles.
 template <class V, Kind K, int B, int T>
-inline void float_blocks(const Matrix& m, int block, const Activations& a, const int* tokens, float* out,
-                         size_t stride) {
+inline void float_blocks(const Matrix& m, int block, const Activations& a, const int* tokens, const Outputs& out) {
   using E = std::conditional_t<K == Kind::bf16, uint16_t, float>;
   const size_t apart = size_t(m.columns) * V::lanes;  // blocks
   const E* at = reinterpret_cast<const E*>(m.data) + block * apart;
@@ -233,23 +232,23 @@ inline void float_blocks(const Matrix& m, int block, const Activations& a, const
     });
   }
   unrolled<B>([&](auto b) {
-    unrolled<T>([&](auto t) { put<V>(m, block + b, y[b][t], out + tokens[t] * stride); });
+    unrolled<T>([&](auto t) { put<V>(m, block + b, y[b][t], out, tokens[t]); });
   });
 }
 
 // B blocks times all tokens, in parts as alike as can be.
 template <class V, Kind K, int B>
-inline void float_tokens(const Matrix& m, int block, const Activations& a, const int* tokens, int count, float* out,
-                         size_t stride) {
+inline void float_tokens(const Matrix& m, int block, const Activations& a, const int* tokens, int count,
+                         const Outputs& out) {
   for (int parts = (count + 5) / 6; parts; --parts) {
     const int part = (count + parts - 1) / parts;
     switch (part) {
-      case 1: float_blocks<V, K, B, 1>(m, block, a, tokens, out, stride); break;
-      case 2: float_blocks<V, K, B, 2>(m, block, a, tokens, out, stride); break;
-      case 3: float_blocks<V, K, B, 3>(m, block, a, tokens, out, stride); break;
-      case 4: float_blocks<V, K, B, 4>(m, block, a, tokens, out, stride); break;
-      case 5: float_blocks<V, K, B, 5>(m, block, a, tokens, out, stride); break;
-      case 6: float_blocks<V, K, B, 6>(m, block, a, tokens, out, stride); break;
+      case 1: float_blocks<V, K, B, 1>(m, block, a, tokens, out); break;
+      case 2: float_blocks<V, K, B, 2>(m, block, a, tokens, out); break;
+      case 3: float_blocks<V, K, B, 3>(m, block, a, tokens, out); break;
+      case 4: float_blocks<V, K, B, 4>(m, block, a, tokens, out); break;
+      case 5: float_blocks<V, K, B, 5>(m, block, a, tokens, out); break;
+      case 6: float_blocks<V, K, B, 6>(m, block, a, tokens, out); break;
     }
     tokens += part, count -= part;
   }
@@ -257,10 +256,10 @@ inline void float_tokens(const Matrix& m, int block, const Activations& a, const
 
 template <class V, Kind K>
 void multiply_floats(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                     float* out, size_t stride) {
+                     const Outputs& out) {
   int block = begin;
   const auto times = [&](auto B, auto T) {  // sums, weights and a factor fit 16 registers
-    for (; block + B <= end; block += B) float_blocks<V, K, B, T>(m, block, a, tokens, out, stride);
+    for (; block + B <= end; block += B) float_blocks<V, K, B, T>(m, block, a, tokens, out);
   };
   using std::integral_constant;
   switch (count) {
@@ -269,42 +268,42 @@ void multiply_floats(const Matrix& m, int begin, int end, const Activations& a, 
     case 3: times(integral_constant<int, 3>(), integral_constant<int, 3>()); break;
     case 4: times(integral_constant<int, 3>(), integral_constant<int, 4>()); break;
   }
-  for (; block + 2 <= end; block += 2) float_tokens<V, K, 2>(m, block, a, tokens, count, out, stride);
-  if (block < end) float_tokens<V, K, 1>(m, block, a, tokens, count, out, stride);
+  for (; block + 2 <= end; block += 2) float_tokens<V, K, 2>(m, block, a, tokens, count, out);
+  if (block < end) float_tokens<V, K, 1>(m, block, a, tokens, count, out);
 }
 
 template <class V, Kind K, bool fine>
 void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                    float* out, size_t stride) {
+                    const Outputs& out) {
   for (int block = begin; block < end; ++block) {
     int t = 0;
-    for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out, stride);
+    for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out);
     switch (count - t) {
       case 3:
         if constexpr (K == Kind::int4) {  // as four, the last one twice: GCC does badly at three
           const int four[] = {tokens[t], tokens[t + 1], tokens[t + 2], tokens[t + 2]};
-          block_times<V, K, fine, 4>(m, block, a, four, out, stride);
+          block_times<V, K, fine, 4, 3>(m, block, a, four, out);
         } else {
-          block_times<V, K, fine, 3>(m, block, a, tokens + t, out, stride);
+          block_times<V, K, fine, 3>(m, block, a, tokens + t, out);
         }
         break;
-      case 2: block_times<V, K, fine, 2>(m, block, a, tokens + t, out, stride); break;
-      case 1: block_times<V, K, fine, 1>(m, block, a, tokens + t, out, stride); break;
+      case 2: block_times<V, K, fine, 2>(m, block, a, tokens + t, out); break;
+      case 1: block_times<V, K, fine, 1>(m, block, a, tokens + t, out); break;
     }
   }
 }
 
 template <class V>
-void multiply(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count, float* out,
-              size_t stride) {
+void multiply(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
+              const Outputs& out) {
   const auto of_kind = [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     if constexpr (!coded<K>)
-      multiply_floats<V, K>(m, begin, end, a, tokens, count, out, stride);
+      multiply_floats<V, K>(m, begin, end, a, tokens, count, out);
     else if (a.fine)
-      multiply_codes<V, K, true>(m, begin, end, a, tokens, count, out, stride);
+      multiply_codes<V, K, true>(m, begin, end, a, tokens, count, out);
     else
-      multiply_codes<V, K, false>(m, begin, end, a, tokens, count, out, stride);
+      multiply_codes<V, K, false>(m, begin, end, a, tokens, count, out);
   };
   switch (m.kind) {
     case Kind::int4: return of_kind(std::integral_constant<Kind, Kind::int4>());

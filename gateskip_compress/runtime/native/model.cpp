@@ -165,9 +165,9 @@ void Model::attention(const Call& call, int index, int thread) {
   if (there) {
     const int queries = layer.heads * shape.head_dim, others = layer.kv_heads * shape.head_dim;
     const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
-    multiply(layer.q, normed_, lists.kept, qkv_, stride_, thread);
-    multiply(layer.k, normed_, remembered, qkv_ + queries, stride_, thread);
-    multiply(layer.v, normed_, remembered, qkv_ + queries + others, stride_, thread);
+    multiply(layer.q, normed_, lists.kept, {qkv_, stride_}, thread);
+    multiply(layer.k, normed_, remembered, {qkv_ + queries, stride_}, thread);
+    multiply(layer.v, normed_, remembered, {qkv_ + queries + others, stride_}, thread);
     team_.wait();
     const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
     const auto [begin, end] = share(call.count, thread);
@@ -197,9 +197,9 @@ void Model::mlp(const Call& call, int index, int thread) {
 void Model::finish(const Matrix& m, const Activations& from, const Branch& branch, int thread) {
   const std::vector<int>& kept = lists_[thread].kept;
   if (branch.post.empty()) {
-    if (!kept.empty()) multiply_add(m, from, kept, thread);
+    if (!kept.empty()) multiply(m, from, kept, {hidden_, size_t(shape.width), true}, thread);
   } else {
-    multiply(m, from, kept, out_, shape.width, thread);
+    multiply(m, from, kept, {out_, size_t(shape.width)}, thread);
     team_.wait();
     const auto [begin, end] = share(static_cast<int>(kept.size()), thread);
     for (int i = begin; i < end; ++i) {
@@ -317,18 +317,17 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
 void Model::attend_prompt(const Call& call, int index, const std::vector<int>& tokens, int thread) {
   const Layer& layer = layers[index];
   const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = layer.heads / layer.kv_heads;
-  const int of_head = count * group;
-  const Range own = share(count * layer.heads, thread);
+  const Range own = share(count * layer.kv_heads, thread);  // pairs of a token and a head of keys
   std::vector<PromptQuery>& queries = lists_[thread].queries;
   for (int at = own.begin; at < own.end;) {
-    const int kv_head = at / of_head, last = std::min(own.end, (kv_head + 1) * of_head);
+    const int kv_head = at / count, last = std::min(own.end, (kv_head + 1) * count);
     const size_t from = slot(call, layer, tokens[0], kv_head);
     queries.clear();
     for (; at < last; ++at) {
-      const int token = tokens[at % of_head / group], position = call.positions[token];
-      const size_t head = size_t(kv_head * group + at % group) * d;
-      queries.push_back(
-          {qkv_ + token * stride_ + head, mixed_.floats(token) + head, seen_from(layer, position), position + 1});
+      const int token = tokens[at - kv_head * count], position = call.positions[token];
+      for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
+        queries.push_back({qkv_ + token * stride_ + size_t(head) * d, mixed_.floats(token) + size_t(head) * d,
+                           seen_from(layer, position), position + 1});
     }
     prompts_->attend({static_cast<int>(queries.size()), queries.data(), keys_.elements(from, 0),
                       values_.elements(from, 0), keys_.scales(from, 0), values_.scales(from, 0), d},
@@ -346,43 +345,33 @@ void Model::round(const Activations& a, int token, int begin, int end) const {
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
 }
 
-void Model::multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens, float* to,
-                     size_t stride) const {
+void Model::multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens,
+                     const Outputs& to) const {
   const auto times = prompts_ && floats_ && m.kind == Kind::bf16 ? prompts_->multiply : kernels.multiply;
-  times(m, blocks.begin, blocks.end, from, tokens.data(), static_cast<int>(tokens.size()), to, stride);
+  times(m, blocks.begin, blocks.end, from, tokens.data(), static_cast<int>(tokens.size()), to);
 }
 
-void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to,
-                     size_t stride, int thread) {
-  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
-  multiply(m, {begin, end}, from, tokens, to, stride);
+void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, const Outputs& to,
+                     int thread) const {
+  multiply(m, share(blocks(m, kernels.lanes), thread), from, tokens, to);
 }
 
-// The product is added to the stream.
-void Model::multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread) {
-  multiply(m, from, tokens, out_, shape.width, thread);
-  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
-  const int first = begin * kernels.lanes, last = std::min(end * kernels.lanes, m.rows);
-  for (int token : tokens) {
-    float* to = hidden_ + size_t(token) * shape.width;
-    const float* y = out_ + size_t(token) * shape.width;
-    for (int row = first; row < last; ++row) to[row] += y[row];
-  }
-}
-
-// Whole spans of channels to each thread, so that it can round them at once. Without `up`, the gate's own.
+// Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
+// they are in the cache. Without `up`, the gate's own.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
   const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
-  const int first = begin * kSpan, last = std::min(end * kSpan, gate.rows), lanes = kernels.lanes;
-  if (first >= last) return;
-  const Range blocks{first / lanes, (last + lanes - 1) / lanes};
-  multiply(gate, blocks, normed_, tokens, inner_.x, inner_.columns);
-  if (up.data) multiply(up, blocks, normed_, tokens, up_, shape.inner);
-  for (int token : tokens) {
-    if (up.data)
-      kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
-                  shape.activation);
-    round(inner_, token, first, last);
+  const int lanes = kernels.lanes, step = tokens.size() > kFew ? kSpans : std::max(1, end - begin);
+  for (int span = begin; span < end; span += step) {
+    const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
+    const Range blocks{first / lanes, (last + lanes - 1) / lanes};
+    multiply(gate, blocks, normed_, tokens, {inner_.x, size_t(inner_.columns)});
+    if (up.data) multiply(up, blocks, normed_, tokens, {up_, size_t(shape.inner)});
+    for (int token : tokens) {
+      if (up.data)
+        kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
+                    shape.activation);
+      round(inner_, token, first, last);
+    }
   }
 }
 
@@ -390,11 +379,12 @@ void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& to
   if (surrogate.up.data || (surrogate.gate.data && prompts_ && floats_))
     glu(surrogate.gate, surrogate.up, tokens, thread);
   else if (surrogate.gate.data)
-    multiply(surrogate.gate, normed_, tokens, inner_.x, inner_.columns, thread);
+    multiply(surrogate.gate, normed_, tokens, {inner_.x, size_t(inner_.columns)}, thread);
 }
 
 void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
-  if (surrogate.down.data) return multiply_add(surrogate.down, inner_, tokens, thread);
+  if (surrogate.down.data)
+    return multiply(surrogate.down, inner_, tokens, {hidden_, size_t(shape.width), true}, thread);
   if (surrogate.offset.empty()) return;
   const auto [begin, end] = share(shape.width, thread);
   for (int token : tokens)
@@ -437,7 +427,8 @@ void Model::read_out(const Call& call, int thread) {
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
     const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
-    kernels.multiply(quick ? quick_head : head, from, to, normed_, lists_[thread].all.data(), count, logits, size);
+    kernels.multiply(quick ? quick_head : head, from, to, normed_, lists_[thread].all.data(), count,
+                     {logits, size_t(size)});
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
           largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),

@@ -19,6 +19,7 @@ namespace gateskip {
 constexpr int kWindow = 128;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
+constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
 constexpr int kPrompt = 9;    // tokens of a prompt that go `PromptKernels`' way, where there is one
 constexpr int kRescored = 32;  // of the largest logits, by each thread
 
@@ -136,11 +137,10 @@ class Model {
   void read_out(const Call& call, int thread);
 
   void round(const Activations& a, int token, int begin, int end) const;
-  void multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens, float* to,
-                size_t stride) const;
-  void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, float* to, size_t stride,
-                int thread);
-  void multiply_add(const Matrix& m, const Activations& from, const std::vector<int>& tokens, int thread);
+  void multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens,
+                const Outputs& to) const;
+  void multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, const Outputs& to,
+                int thread) const;
   void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
   void replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
