@@ -260,8 +260,9 @@ def test_threads_and_neighbours_in_a_batch_change_no_bit(small, session):
 
 
 @pytest.mark.parametrize("budget", [1, 0.6])
-def test_texts_equal_transformers(small, session, budget):
-    for seed in range(2):
+def test_texts_equal_transformers(small, budget):
+    session = lower(small, **EXACT)  # keys and values of 16 bits change a token of random weights now and then
+    for seed in range(4):
         ids = tokens(1, 9, seed=seed)
         with g.budget(small, budget), unpacked(small):
             expected = small.generate(ids, max_new_tokens=25, do_sample=False)

@@ -16,7 +16,7 @@
 
 namespace gateskip {
 
-constexpr int kWindow = 128;  // tokens of one call
+constexpr int kWindow = 256;  // tokens of one call
 constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
