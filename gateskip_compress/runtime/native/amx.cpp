@@ -172,38 +172,44 @@ void spread(const Matrix& m, int block, uint8_t* to) {
 }
 
 template <Kind K, bool fine, int T>
-void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                    const Outputs& out) {
-  Rooms& rooms = own_rooms();
-  const Inputs in = gather<fine, T>(m, a, tokens, count, rooms);
+void multiply_blocks(const Product& product, const Inputs& in, const int* tokens, int count, Rooms& rooms) {
+  const Matrix& m = *product.matrix;
   uint8_t* codes = K == Kind::int4 ? rooms.codes.of(size_t(in.spans) * kWeights) : nullptr;
   const auto times = m.group == kSpan ? tile_block<K, fine, T, true> : tile_block<K, fine, T, false>;
-  shape_tiles(T);
-  for (int block = begin; block < end; ++block) {
+  for (int block = product.begin; block < product.end; ++block) {
     if constexpr (K == Kind::int4) spread(m, block, codes);
     for (int tile = 0; tile < in.tiles; ++tile)
-      times(m, block, in, tile, codes, tokens + tile * T, std::min(T, count - tile * T), out);
+      times(m, block, in, tile, codes, tokens + tile * T, std::min(T, count - tile * T), product.out);
+  }
+}
+
+template <bool fine, int T>
+void multiply_tiles(const Product* products, int number, const Activations& a, const int* tokens, int count) {
+  Rooms& rooms = own_rooms();
+  Inputs in;
+  shape_tiles(T);
+  for (int i = 0; i < number; ++i) {
+    const Matrix& m = *products[i].matrix;
+    if (i == 0 || m.group != products[i - 1].matrix->group) in = gather<fine, T>(m, a, tokens, count, rooms);
+    m.kind == Kind::int4 ? multiply_blocks<Kind::int4, fine, T>(products[i], in, tokens, count, rooms)
+                         : multiply_blocks<Kind::int8, fine, T>(products[i], in, tokens, count, rooms);
   }
   _tile_release();
 }
 
-void multiply_some(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                   const Outputs& out) {
-  const bool floats = m.kind == Kind::bf16 || m.kind == Kind::f32;
-  if (floats || count < kFewest || !spans(m) || m.columns % kSpan)
-    return multiply<V>(m, begin, end, a, tokens, count, out);
-  const auto of_kind = [&](auto kind) {
-    constexpr Kind K = decltype(kind)::value;
-    const auto times = [&](auto T) {
-      return a.fine ? multiply_tiles<K, true, T>(m, begin, end, a, tokens, count, out)
-                    : multiply_tiles<K, false, T>(m, begin, end, a, tokens, count, out);
-    };
-    if (count <= 4) return times(std::integral_constant<int, 4>());
-    if (count <= 8) return times(std::integral_constant<int, 8>());
-    return times(std::integral_constant<int, kMost>());
+void multiply_some(const Product* products, int number, const Activations& a, const int* tokens, int count) {
+  const bool tiles = count >= kFewest && std::all_of(products, products + number, [](const Product& product) {
+    const Matrix& m = *product.matrix;
+    return (m.kind == Kind::int4 || m.kind == Kind::int8) && spans(m) && m.columns % kSpan == 0;
+  });
+  if (!tiles) return multiply<V>(products, number, a, tokens, count);
+  const auto times = [&](auto T) {
+    return a.fine ? multiply_tiles<true, T>(products, number, a, tokens, count)
+                  : multiply_tiles<false, T>(products, number, a, tokens, count);
   };
-  if (m.kind == Kind::int4) return of_kind(std::integral_constant<Kind, Kind::int4>());
-  return of_kind(std::integral_constant<Kind, Kind::int8>());
+  if (count <= 4) return times(std::integral_constant<int, 4>());
+  if (count <= 8) return times(std::integral_constant<int, 8>());
+  return times(std::integral_constant<int, kMost>());
 }
 
 constexpr Kernels tiled() {

@@ -160,8 +160,8 @@ const uint16_t* rows_of(const Activations& a, const int* tokens, int count, Room
 }
 
 template <bool low>
-void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                    const Outputs& out) {
+void multiply_tiles(const Product& product, const Activations& a, const int* tokens, int count) {
+  const Matrix& m = *product.matrix;
   Rooms& rooms = own_rooms();
   const int chunks = padded(m.columns, kChunk) / kChunk;
   const size_t size = size_t(chunks) * kBytes, apart = a.halves_apart();
@@ -169,25 +169,23 @@ void multiply_tiles(const Matrix& m, int begin, int end, const Activations& a, c
   uint8_t* weights = rooms.weights.of(2 * size);
   alignas(64) float sums[2][kSums];
   shape_tiles();
-  for (int first = begin; first < end; first += 2) {
-    const int blocks = std::min(2, end - first);
+  for (int first = product.begin; first < product.end; first += 2) {
+    const int blocks = std::min(2, product.end - first);
     for (int i = 0; i < blocks; ++i) tiles_of(m, first + i, weights + i * size);
     for (int from = 0; from < count; from += kTile) {
       multiply_two<low, false>(rows + from * apart, a.columns, apart, weights, weights + (blocks - 1) * size, chunks,
                                sums[0], sums[1], V::lanes);
       for (int t = 0; t < kTile && from + t < count; ++t)
         for (int i = 0; i < blocks; ++i)
-          put<V>(m, first + i, start<V>(m, first + i) + V::load(sums[i] + t * V::lanes), out, tokens[from + t]);
+          put<V>(m, first + i, start<V>(m, first + i) + V::load(sums[i] + t * V::lanes), product.out, tokens[from + t]);
     }
   }
   _tile_release();
 }
 
-void multiply_prompt(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-                     const Outputs& out) {
-  if (count == 0 || begin >= end) return;
-  return a.fine ? multiply_tiles<true>(m, begin, end, a, tokens, count, out)
-                : multiply_tiles<false>(m, begin, end, a, tokens, count, out);
+void multiply_prompt(const Product& product, const Activations& a, const int* tokens, int count) {
+  if (count == 0 || product.begin >= product.end) return;
+  return a.fine ? multiply_tiles<true>(product, a, tokens, count) : multiply_tiles<false>(product, a, tokens, count);
 }
 
 // ---- attention

@@ -163,9 +163,10 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   OwnActivations a(run, x, fine);
   Floats out({x.shape(0), py::ssize_t(m.rows)});
   check(!prompt || m.kind == Kind::bf16, "prompts have a way of their own for bf16 alone");
-  const auto times = prompt ? prompts_of(run).multiply : run.multiply;
-  times(m, 0, blocks(m, run.lanes), a, a.tokens.data(), static_cast<int>(a.tokens.size()),
-        {out.mutable_data(), size_t(m.rows), false});
+  const Product product{&m, 0, blocks(m, run.lanes), {out.mutable_data(), size_t(m.rows)}};
+  const int count = static_cast<int>(a.tokens.size());
+  prompt ? prompts_of(run).multiply(product, a, a.tokens.data(), count)
+         : run.multiply(&product, 1, a, a.tokens.data(), count);
   return out;
 }
 

@@ -67,6 +67,13 @@ struct Outputs {
   bool added = false;
 };
 
+// Rows of the blocks [begin, end).
+struct Product {
+  const Matrix* matrix;
+  int begin, end;
+  Outputs out;
+};
+
 // Queries that read the same keys and values, those of a run of positions. Keys lie in blocks of `lanes` positions,
 // [block][head_dim][lanes]; values lie by position, [position][head_dim]. Elements of 8 bits are times their position's
 // scale. What a query gets from a run is a part of its softmax: `top`, the largest score; `sum`, of the weights
@@ -104,17 +111,15 @@ struct PromptQueries {
 // but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`
-  void (*multiply)(const Matrix&, int begin, int end, const Activations&, const int* tokens, int count,
-                   const Outputs&);  // as `Kernels`', of bf16
+  void (*multiply)(const Product&, const Activations&, const int* tokens, int count);  // of bf16
   void (*attend)(const PromptQueries&, Element);
 };
 
 struct Kernels {
   const char* name;
   int lanes;
-  // Rows of the blocks [begin, end) for the tokens listed.
-  void (*multiply)(const Matrix&, int begin, int end, const Activations&, const int* tokens, int count,
-                   const Outputs&);
+  // For the tokens listed.
+  void (*multiply)(const Product*, int products, const Activations&, const int* tokens, int count);
   // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk.
   // An infinite or undefined value makes its span's scale undefined, and so every output.
   void (*quantize)(const Activations&, int token, int begin, int end);

@@ -294,8 +294,10 @@ void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, c
 }
 
 template <class V>
-void multiply(const Matrix& m, int begin, int end, const Activations& a, const int* tokens, int count,
-              const Outputs& out) {
+void multiply_one(const Product& product, const Activations& a, const int* tokens, int count) {
+  const Matrix& m = *product.matrix;
+  const int begin = product.begin, end = product.end;
+  const Outputs& out = product.out;
   const auto of_kind = [&](auto kind) {
     constexpr Kind K = decltype(kind)::value;
     if constexpr (!coded<K>)
@@ -311,6 +313,11 @@ void multiply(const Matrix& m, int begin, int end, const Activations& a, const i
     case Kind::bf16: return of_kind(std::integral_constant<Kind, Kind::bf16>());
     case Kind::f32: return of_kind(std::integral_constant<Kind, Kind::f32>());
   }
+}
+
+template <class V>
+void multiply(const Product* products, int number, const Activations& a, const int* tokens, int count) {
+  for (int i = 0; i < number; ++i) multiply_one<V>(products[i], a, tokens, count);
 }
 
 // ---- what goes token by token

@@ -165,9 +165,15 @@ void Model::attention(const Call& call, int index, int thread) {
   if (there) {
     const int queries = layer.heads * shape.head_dim, others = layer.kv_heads * shape.head_dim;
     const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
-    multiply(layer.q, normed_, lists.kept, {qkv_, stride_}, thread);
-    multiply(layer.k, normed_, remembered, {qkv_ + queries, stride_}, thread);
-    multiply(layer.v, normed_, remembered, {qkv_ + queries + others, stride_}, thread);
+    const Product q = whole(layer.q, {qkv_, stride_}, thread);
+    const Product k = whole(layer.k, {qkv_ + queries, stride_}, thread);
+    const Product v = whole(layer.v, {qkv_ + queries + others, stride_}, thread);
+    if (lists.kept.size() == remembered.size()) {
+      multiply({q, k, v}, normed_, remembered);
+    } else {
+      multiply({q}, normed_, lists.kept);
+      multiply({k, v}, normed_, remembered);
+    }
     team_.wait();
     const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
     const auto [begin, end] = share(call.count, thread);
@@ -197,9 +203,9 @@ void Model::mlp(const Call& call, int index, int thread) {
 void Model::finish(const Matrix& m, const Activations& from, const Branch& branch, int thread) {
   const std::vector<int>& kept = lists_[thread].kept;
   if (branch.post.empty()) {
-    if (!kept.empty()) multiply(m, from, kept, {hidden_, size_t(shape.width), true}, thread);
+    if (!kept.empty()) multiply({whole(m, {hidden_, size_t(shape.width), true}, thread)}, from, kept);
   } else {
-    multiply(m, from, kept, {out_, size_t(shape.width)}, thread);
+    multiply({whole(m, {out_, size_t(shape.width)}, thread)}, from, kept);
     team_.wait();
     const auto [begin, end] = share(static_cast<int>(kept.size()), thread);
     for (int i = begin; i < end; ++i) {
@@ -345,15 +351,19 @@ void Model::round(const Activations& a, int token, int begin, int end) const {
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
 }
 
-void Model::multiply(const Matrix& m, Range blocks, const Activations& from, const std::vector<int>& tokens,
-                     const Outputs& to) const {
-  const auto times = prompts_ && floats_ && m.kind == Kind::bf16 ? prompts_->multiply : kernels.multiply;
-  times(m, blocks.begin, blocks.end, from, tokens.data(), static_cast<int>(tokens.size()), to);
+Product Model::whole(const Matrix& m, const Outputs& to, int thread) const {
+  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
+  return {&m, begin, end, to};
 }
 
-void Model::multiply(const Matrix& m, const Activations& from, const std::vector<int>& tokens, const Outputs& to,
-                     int thread) const {
-  multiply(m, share(blocks(m, kernels.lanes), thread), from, tokens, to);
+void Model::multiply(std::initializer_list<Product> products, const Activations& from,
+                     const std::vector<int>& tokens) const {
+  const int count = static_cast<int>(tokens.size());
+  if (!prompts_ || !floats_)
+    return kernels.multiply(products.begin(), static_cast<int>(products.size()), from, tokens.data(), count);
+  for (const Product& product : products)
+    product.matrix->kind == Kind::bf16 ? prompts_->multiply(product, from, tokens.data(), count)
+                                       : kernels.multiply(&product, 1, from, tokens.data(), count);
 }
 
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
@@ -363,9 +373,12 @@ void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& to
   const int lanes = kernels.lanes, step = tokens.size() > kFew ? kSpans : std::max(1, end - begin);
   for (int span = begin; span < end; span += step) {
     const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
-    const Range blocks{first / lanes, (last + lanes - 1) / lanes};
-    multiply(gate, blocks, normed_, tokens, {inner_.x, size_t(inner_.columns)});
-    if (up.data) multiply(up, blocks, normed_, tokens, {up_, size_t(shape.inner)});
+    const int block = first / lanes, past = (last + lanes - 1) / lanes;
+    const Product gates{&gate, block, past, {inner_.x, size_t(inner_.columns)}};
+    if (up.data)
+      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens);
+    else
+      multiply({gates}, normed_, tokens);
     for (int token : tokens) {
       if (up.data)
         kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
@@ -379,12 +392,12 @@ void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& to
   if (surrogate.up.data || (surrogate.gate.data && prompts_ && floats_))
     glu(surrogate.gate, surrogate.up, tokens, thread);
   else if (surrogate.gate.data)
-    multiply(surrogate.gate, normed_, tokens, {inner_.x, size_t(inner_.columns)}, thread);
+    multiply({whole(surrogate.gate, {inner_.x, size_t(inner_.columns)}, thread)}, normed_, tokens);
 }
 
 void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
   if (surrogate.down.data)
-    return multiply(surrogate.down, inner_, tokens, {hidden_, size_t(shape.width), true}, thread);
+    return multiply({whole(surrogate.down, {hidden_, size_t(shape.width), true}, thread)}, inner_, tokens);
   if (surrogate.offset.empty()) return;
   const auto [begin, end] = share(shape.width, thread);
   for (int token : tokens)
@@ -427,8 +440,8 @@ void Model::read_out(const Call& call, int thread) {
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
     const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
-    kernels.multiply(quick ? quick_head : head, from, to, normed_, lists_[thread].all.data(), count,
-                     {logits, size_t(size)});
+    const Product product{quick ? &quick_head : &head, from, to, {logits, size_t(size)}};
+    kernels.multiply(&product, 1, normed_, lists_[thread].all.data(), count);
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
           largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),
