@@ -507,7 +507,7 @@ def test_an_interrupt_stops_generation_and_the_session_goes_on(session):
         (tokens(2, 5), dict(speculate=True, streamer=Heard()), "a streamer follows one sequence, got 2"),
         (tokens(1, 5), dict(attention_mask=torch.tensor([[1, 0, 1, 1, 1]])), "hides tokens between others"),
         (tokens(1, 5), dict(speculate=True, draft_tokens=0), "draft_tokens 0 must be at least 1"),
-        (tokens(1, 5), dict(speculate=True, draft_tokens=128), "draft_tokens 128 must be from 1 to 127"),
+        (tokens(1, 5), dict(speculate=True, draft_tokens=256), "draft_tokens 256 must be from 1 to 255"),
         (tokens(1, 5), dict(speculate=True, draft_budget=0.9), "must be below the budget that verifies, 0.8"),
     ],
     ids=["context", "id", "negative id", "rows", "beams", "streamer", "holes", "draft", "long draft", "draft budget"],
