@@ -15,8 +15,8 @@
 //
 // Sums over a span, or over a chunk of 32 where groups are not whole spans, are exact integers, rounded once to float.
 // Every float operation of a token is done in the same order however many tokens there are in a call, so k tokens in one
-// call give the bits of k calls: speculation rests on it. The files are compiled without contraction of a * b + c, which
-// would leave that order to the compiler.
+// call give the bits of k calls: speculation rests on it. (`PromptKernels` have an order of their own.) The files are
+// compiled without contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
 
 #include <cstddef>

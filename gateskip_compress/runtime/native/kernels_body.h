@@ -3,10 +3,10 @@
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes of
 // them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad
 // (the same 4 activations in all lanes); put_bytes and put_f16, which store codes and floats as these; sum and most, of
-// integers; codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times
-// activations and are widened after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are,
-// not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed stores activations in columns 0, 2, 1, 3 of each
-// four, pair loads two in all lanes, add_products a sum and their products, and whole floats of integers.
+// integers; codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations and are widened
+// after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and
+// pairs8 give codes two by two, put_crossed stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all
+// lanes, add_products a sum and their products, and whole floats of integers.
 #include <cmath>
 #include <cstring>
 #include <type_traits>

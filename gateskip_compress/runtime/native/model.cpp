@@ -165,9 +165,9 @@ void Model::attention(const Call& call, int index, int thread) {
   if (there) {
     const int queries = layer.heads * shape.head_dim, others = layer.kv_heads * shape.head_dim;
     const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
-    const Product q = whole(layer.q, {qkv_, stride_}, thread);
-    const Product k = whole(layer.k, {qkv_ + queries, stride_}, thread);
-    const Product v = whole(layer.v, {qkv_ + queries + others, stride_}, thread);
+    const Product q = shared(layer.q, {qkv_, stride_}, thread);
+    const Product k = shared(layer.k, {qkv_ + queries, stride_}, thread);
+    const Product v = shared(layer.v, {qkv_ + queries + others, stride_}, thread);
     if (lists.kept.size() == remembered.size()) {
       multiply({q, k, v}, normed_, remembered);
     } else {
@@ -203,9 +203,9 @@ void Model::mlp(const Call& call, int index, int thread) {
 void Model::finish(const Matrix& m, const Activations& from, const Branch& branch, int thread) {
   const std::vector<int>& kept = lists_[thread].kept;
   if (branch.post.empty()) {
-    if (!kept.empty()) multiply({whole(m, {hidden_, size_t(shape.width), true}, thread)}, from, kept);
+    if (!kept.empty()) multiply({shared(m, {hidden_, size_t(shape.width), true}, thread)}, from, kept);
   } else {
-    multiply({whole(m, {out_, size_t(shape.width)}, thread)}, from, kept);
+    multiply({shared(m, {out_, size_t(shape.width)}, thread)}, from, kept);
     team_.wait();
     const auto [begin, end] = share(static_cast<int>(kept.size()), thread);
     for (int i = begin; i < end; ++i) {
@@ -351,7 +351,7 @@ void Model::round(const Activations& a, int token, int begin, int end) const {
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
 }
 
-Product Model::whole(const Matrix& m, const Outputs& to, int thread) const {
+Product Model::shared(const Matrix& m, const Outputs& to, int thread) const {
   const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
   return {&m, begin, end, to};
 }
@@ -392,12 +392,12 @@ void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& to
   if (surrogate.up.data || (surrogate.gate.data && prompts_ && floats_))
     glu(surrogate.gate, surrogate.up, tokens, thread);
   else if (surrogate.gate.data)
-    multiply({whole(surrogate.gate, {inner_.x, size_t(inner_.columns)}, thread)}, normed_, tokens);
+    multiply({shared(surrogate.gate, {inner_.x, size_t(inner_.columns)}, thread)}, normed_, tokens);
 }
 
 void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
   if (surrogate.down.data)
-    return multiply({whole(surrogate.down, {hidden_, size_t(shape.width), true}, thread)}, inner_, tokens);
+    return multiply({shared(surrogate.down, {hidden_, size_t(shape.width), true}, thread)}, inner_, tokens);
   if (surrogate.offset.empty()) return;
   const auto [begin, end] = share(shape.width, thread);
   for (int token : tokens)

@@ -138,7 +138,7 @@ class Model {
   void read_out(const Call& call, int thread);
 
   void round(const Activations& a, int token, int begin, int end) const;
-  Product whole(const Matrix& m, const Outputs& to, int thread) const;  // the thread's share of it
+  Product shared(const Matrix& m, const Outputs& to, int thread) const;  // the thread's share of it
   void multiply(std::initializer_list<Product> products, const Activations& from, const std::vector<int>& tokens) const;
   void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
