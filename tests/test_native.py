@@ -80,11 +80,10 @@ def test_float_models_equal_transformers(family, kernels, prompt, atol):
     torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=atol)  # float32 sums in another order
 
 
-@pytest.mark.parametrize(
-    ("cache", "atol"), [("f32", 5e-4), ("f16", 3e-3)]
-)  # a key at the edge of two halves takes either
+@pytest.mark.parametrize(("cache", "atol"), [("f32", 5e-4), ("f16", 3e-3)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_prompts_of_bf16_models_give_what_verifying_gives(family, cache, atol):
+    """With keys of 16 bits up to those at the edge between two, which fall either way."""
     ids = tokens(1, 120)[0]
     session = lower(tiny(family), **EXACT | dict(floats="bf16", cache=cache))
     verified = logits_after(session, ids)
@@ -142,7 +141,8 @@ def test_gated_models_decide_and_give_as_transformers_does(kind, prompt, atol):
     for branch, kept in enumerate(found.kept):
         assert np.array_equal(kept, asked[branch].keep[0].numpy() if branch in asked else np.ones_like(kept))
         if branch in asked and not np.isnan(found.scores[branch]).any():
-            np.testing.assert_allclose(found.scores[branch], asked[branch].score[0].numpy(), rtol=0, atol=atol)
+            score = asked[branch].score[0].numpy()
+            np.testing.assert_allclose(found.scores[branch], score, rtol=0, atol=atol if prompt else 2e-5)
     np.testing.assert_allclose(found.logits, expected.numpy(), rtol=0, atol=atol)
     with g.budget(model, 1):
         whole = logits_of(lower(model, **EXACT), ids, decisions=True, prompt=prompt)
@@ -244,6 +244,12 @@ def test_long_texts_have_the_same_bits_however_their_attention_is_shared_out(ker
             few = ids[begin : begin + size].numpy()
             found = session.run_row(few, 0, begin, wanted=size, logits=True).logits
             assert np.array_equal(found, whole[begin : begin + size]), (threads, size)
+
+
+def test_a_prompt_is_of_one_row(session):
+    places = np.arange(4, dtype=np.int32)
+    with pytest.raises(ValueError, match="a prompt has one row"):
+        session.run(places, np.array([0, 0, 1, 1], dtype=np.int32), places, places, prompt=True)
 
 
 def test_threads_and_neighbours_in_a_batch_change_no_bit(small, session):
