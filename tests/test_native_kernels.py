@@ -269,6 +269,16 @@ def test_what_has_no_chances_is_not_drawn_from(scores):
             native.draw(kernels, np.array(scores, dtype=np.float32), 0.5)
 
 
+def close_attention(kernels, found, query, kept, begins, ends, rounding):
+    """What queries attend to equals a float64 softmax; scores have the rounding of their sums, which it takes over."""
+    for i, own in enumerate(map(slice, begins, ends)):
+        score = kept[0][own] @ query[i].astype(float)
+        weight = np.exp(score - score.max())
+        slack = rounding * (1 + np.abs(kept[0][own]) @ np.abs(query[i].astype(float))).max()
+        expected = weight / weight.sum() @ kept[1][own]
+        np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
+
+
 @pytest.mark.parametrize("element", ["f32", "f16", "int8"])
 @given(
     seen=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 600)), min_size=1, max_size=4),
@@ -287,13 +297,7 @@ def test_attention(element, seen, sixteens, sharp, seed):
     kept = [_as_kept(part, element) for part in (keys, values)]
     for kernels in KERNELS:
         found = native.attend(kernels, query, keys, values, begins, ends, element)
-        for i, own in enumerate(map(slice, begins, ends)):
-            score = kept[0][own] @ query[i].astype(float)
-            weight = np.exp(score - score.max())
-            # scores have the rounding of their sums, which the exponential takes over
-            slack = 1e-5 * (1 + np.abs(kept[0][own]) @ np.abs(query[i].astype(float))).max()
-            expected = weight / weight.sum() @ kept[1][own]
-            np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
+        close_attention(kernels, found, query, kept, begins, ends, 1e-5)
         alone = [
             native.attend(kernels, query[i : i + 1], keys, values, begins[i : i + 1], ends[i : i + 1], element)[0]
             for i in range(len(seen))
@@ -322,13 +326,7 @@ def test_attention_of_prompts(element, count, first, window, sixteens, sharp, se
     kept = [_as_kept(part, element) for part in (keys, values)]
     for kernels in PROMPTS:
         found = native.attend(kernels, query, keys, values, begins, ends, element, prompt=True)
-        for i, own in enumerate(map(slice, begins, ends)):
-            score = kept[0][own] @ query[i].astype(float)
-            weight = np.exp(score - score.max())
-            # of two bfloat16, 16 bits, and their sums
-            slack = 3e-5 * (1 + np.abs(kept[0][own]) @ np.abs(query[i].astype(float))).max()
-            expected = weight / weight.sum() @ kept[1][own]
-            np.testing.assert_allclose(found[i], expected, rtol=0, atol=slack, err_msg=kernels)
+        close_attention(kernels, found, query, kept, begins, ends, 3e-5)  # of two bfloat16, 16 bits, and their sums
         half = (count + 1) // 2
         some = native.attend(kernels, query[:half], keys, values, begins[:half], ends[:half], element, prompt=True)
         assert np.array_equal(some, found[:half])  # neither later queries nor later positions change a bit

@@ -2,6 +2,7 @@
 // and 16 rows. A tile's sums are whole numbers, and what is done to them is what `coded_block` does, in its order: the
 // bits are those of AVX-512 alone.
 #include "kernels.h"
+#include "room.h"
 
 #if GATESKIP_AMX
 #if !defined(__clang__)  // GCC 12 takes its own undefined vectors in this header for ours
@@ -21,7 +22,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")
 #endif
 #include "kernels_body.h"
-#include "room.h"
+#include "tiles.h"
 #include "vector512.h"
 
 namespace gateskip {
@@ -42,19 +43,6 @@ struct Rooms {
 Rooms& own_rooms() {
   thread_local Rooms rooms;
   return rooms;
-}
-
-// Registers 0 and 1 hold sums, 3 weights, 4 and 5 activations, in rows of 64 bytes: of weights 16, else one a token.
-inline void shape_tiles(uint8_t tokens) {
-  struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 0, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } shapes;
-  for (int i : {0, 1, 4, 5}) shapes.rows[i] = tokens;
-  shapes.rows[3] = kSpan / 4;
-  asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 does not see that the next line reads all of it
-  _tile_loadconfig(&shapes);
 }
 
 // The codes of a span times those of T tokens: sums of `q`, then of `fine`.
@@ -106,6 +94,7 @@ Inputs gather(const Matrix& m, const Activations& a, const int* tokens, int coun
       *shift = sum;
     }
   }
+  written();
   return in;
 }
 
@@ -168,7 +157,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
       for (int i = 0; i < 8; ++i) _mm512_store_si512(to + 4 * V::lanes * i, codes[i]);
     }
   }
-  asm volatile("" : : : "memory");  // nor that tiles read this
+  written();
 }
 
 template <Kind K, bool fine, int T>
@@ -187,7 +176,7 @@ template <bool fine, int T>
 void multiply_tiles(const Product* products, int number, const Activations& a, const int* tokens, int count) {
   Rooms& rooms = own_rooms();
   Inputs in;
-  shape_tiles(T);
+  shape_tiles({T, T, 0, kSpan / 4, T, T});  // sums, weights, activations
   for (int i = 0; i < number; ++i) {
     const Matrix& m = *products[i].matrix;
     if (i == 0 || m.group != products[i - 1].matrix->group) in = gather<fine, T>(m, a, tokens, count, rooms);

@@ -1,6 +1,7 @@
 // Prompts by AMX's tiles of bfloat16: 16 tokens or queries, 32 columns and 16 rows at a time. What is multiplied is a sum
 // of two bfloat16, which is as good as 16 bits; weights are one.
 #include "kernels.h"
+#include "room.h"
 
 #if GATESKIP_AMX
 #if !defined(__clang__)  // GCC 12 takes its own undefined vectors in this header for ours
@@ -21,7 +22,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
 #endif
 #include "kernels_body.h"
-#include "room.h"
+#include "tiles.h"
 #include "vector512.h"
 
 namespace gateskip {
@@ -46,19 +47,8 @@ Rooms& own_rooms() {
   return rooms;
 }
 
-// All registers hold 16 rows of 64 bytes: 0 and 1 sums, 4 and 5 what is multiplied, high and low, 6 and 7 with what.
-inline void shape_tiles() {
-  struct {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shapes;
-  asm volatile("" : : "r"(&shapes) : "memory");  // GCC 12 does not see that the next line reads all of it
-  _tile_loadconfig(&shapes);
-}
-
-// GCC 12 does not see that tiles read what was written before.
-inline void written() { asm volatile("" : : : "memory"); }
+// Registers 0 and 1 hold sums, 4 and 5 what is multiplied, high and low, 6 and 7 with what.
+constexpr uint8_t kRegisters[8] = {kTile, kTile, 0, 0, kTile, kTile, kTile, kTile};
 
 // ---- two of bfloat16
 
@@ -168,7 +158,7 @@ void multiply_tiles(const Product& product, const Activations& a, const int* tok
   const uint16_t* rows = rows_of(a, tokens, count, rooms);
   uint8_t* weights = rooms.weights.of(2 * size);
   alignas(64) float sums[2][kSums];
-  shape_tiles();
+  shape_tiles(kRegisters);
   for (int first = product.begin; first < product.end; first += 2) {
     const int blocks = std::min(2, product.end - first);
     for (int i = 0; i < blocks; ++i) tiles_of(m, first + i, weights + i * size);
@@ -330,7 +320,7 @@ void attend_all(const PromptQueries& to) {
   std::fill_n(waiting.sum, all, 0.0f);
   uint8_t* keys = rooms.keys.of(size_t(kRun) * depth * 4);
   uint8_t* values = rooms.values.of(size_t(kRun) * d * 4);
-  shape_tiles();
+  shape_tiles(kRegisters);
   for (int run = begin / kRun; run < runs_of(end); ++run) {
     const int seen = std::min(kRun, end - run * kRun);
     widen_keys<E>(to, run, seen, keys);

@@ -79,9 +79,10 @@ void Model::prepare() {
   const size_t heads = shape.rows * kept_heads_;
   keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
   values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1);
-  for (Lists& lists : lists_)
+  for (Lists& lists : lists_) {
     for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
-  for (Lists& lists : lists_) lists.queries.reserve(kernels.prompts ? size_t(kWindow) * most : 0);
+    lists.queries.reserve(kernels.prompts ? size_t(kWindow) * most : 0);
+  }
 }
 
 void Model::run(const Call& call) {

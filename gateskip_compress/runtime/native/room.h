@@ -1,4 +1,4 @@
-// Memory that grows and stays.
+// Memory that grows and stays. Included before a target is set: the linker may give what it instantiates to anyone.
 #pragma once
 
 #include <memory>
