@@ -509,16 +509,16 @@ inline F<V> element(const int8_t* at) {
 template <class E>
 constexpr bool scaled = sizeof(E) == 1;
 
-// As `element`, and fetches what is far behind it.
-template <class V, class E>
-inline F<V> next(const E* at) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
-  return element<V>(at);
-}
-
 // Vectors that Q queries share, so that 8 to 12 sums are under way and stay in registers.
 template <int Q>
 constexpr int together = Q == 3 ? 4 : 8 / Q;
+
+// As `element`, and fetches what is as many positions further as Q queries' scores are computed of at once.
+template <class V, int Q, class E>
+inline F<V> next(const E* at, int head_dim) {
+  __builtin_prefetch(at + together<Q> * V::lanes * head_dim);
+  return element<V>(at);
+}
 
 // Scores of Q queries at the key blocks [block, block + B).
 template <class V, class E, int Q, int B>
@@ -529,7 +529,7 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
   for (int i = 0; i < Q; ++i) query[i] = to.query[first + i];
   for (int d = 0, width = to.head_dim; d < width; ++d)
     for (int b = 0; b < B; ++b) {
-      const F<V> k = next<V>(keys + (size_t(b) * width + d) * V::lanes);
+      const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
       for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(query[i][d]), k, sums[b][i]);
     }
   for (int b = 0; b < B; ++b) {
@@ -570,7 +570,7 @@ inline void mix(const Queries& to, int first, int column, int begin, int end, co
   const E* values = static_cast<const E*>(to.values) + column;
   for (int p = begin; p < end; ++p)
     for (int w = 0; w < W; ++w) {
-      const F<V> v = next<V>(values + size_t(p) * to.head_dim + w * V::lanes);
+      const F<V> v = next<V, Q>(values + size_t(p) * to.head_dim + w * V::lanes, to.head_dim);
       for (int i = 0; i < Q; ++i)
         sums[i][w] = V::fma(V::set(weights[i][p]), v, sums[i][w]);
     }
