@@ -35,11 +35,11 @@ def random_codes(rng, rows, columns, group, bits):
     return codes, scale, zero, weight
 
 
-def rounded(kernels, x, fine):
+def rounded(kernels, x, fine, whole=False):
     """What the kernels make of activations, as float64."""
-    q, rest, scale, _ = native.quantize(kernels, x, fine)
+    q, rest, scale, _ = native.quantize(kernels, x, fine, whole)
     chunks = np.repeat(scale.astype(float), 32, axis=1)
-    return ((q * 254.0 + rest if fine else q) * chunks)[:, : x.shape[1]]
+    return ((q * 256.0 + rest if fine else q) * chunks)[:, : x.shape[1]]
 
 
 def close_sums(found, weight, x, bias=0):
@@ -159,36 +159,84 @@ def test_products_of_prompts(fine, rows, columns, count, seed):
 
 
 @for_prompts
-def test_an_undefined_value_of_a_prompt_stays_its_tokens_own():
+@given(
+    rows=st.integers(1, 100),
+    spans=st.integers(1, 9),
+    group=st.sampled_from([64, 128, 192]),
+    count=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_products_of_codes_of_prompts(rows, spans, group, count, seed):
+    rng = np.random.default_rng(seed)
+    codes, scale, zero, weight = random_codes(rng, rows, 64 * spans, group, 4)
+    x = (rng.standard_normal((count, 64 * spans)) * 10.0 ** rng.uniform(-4, 4, (count, 1))).astype(np.float32)
+    bias = rng.standard_normal(rows).astype(np.float32)
+    for kernels in PROMPTS:
+        matrix = packed(kernels, "int4", codes, scale, zero, group, bias)
+        found = native.multiply(kernels, matrix, x, True, prompt=True)
+        close_sums(found, weight, rounded(kernels, x, True, whole=True), bias)
+        some = native.multiply(kernels, matrix, x[: (count + 1) // 2], True, prompt=True)
+        assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums
+
+
+@for_prompts
+def test_extreme_codes_of_prompts_do_not_overflow():
+    columns = 1536
+    for code, sign in product((0, 15), (1, -1)):
+        codes, scale = np.full((9, columns), code, dtype=np.uint8), np.ones((9, 1), dtype=np.float32)
+        zero, x = np.full((9, 1), 15 - code, dtype=np.uint8), np.full((20, columns), 32639 * sign, dtype=np.float32)
+        for kernels in PROMPTS:
+            matrix = packed(kernels, "int4", codes, scale, zero, columns)
+            found = native.multiply(kernels, matrix, x, True, prompt=True)
+            np.testing.assert_allclose(found, 32639.0 * sign * columns * (2 * code - 15), rtol=1e-6)
+
+
+@for_prompts
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_an_undefined_value_of_a_prompt_stays_its_tokens_own(kind):
     x = np.ones((20, 64), dtype=np.float32)
     x[3, 40], x[7, 2] = np.inf, np.nan
     for kernels in PROMPTS:
         data = native.pack_floats(kernels, "bf16", np.ones((40, 64), dtype=np.float32))
-        found = native.multiply(kernels, native.HeldMatrix(kernels, "bf16", 40, 64, 32, data), x, True, prompt=True)
+        matrix = native.HeldMatrix(kernels, "bf16", 40, 64, 64, data)
+        if kind == "int4":
+            codes, scale, zero, _ = random_codes(np.random.default_rng(0), 40, 64, 64, 4)
+            matrix = packed(kernels, "int4", codes, scale, zero, 64)
+        found = native.multiply(kernels, matrix, x, True, prompt=True)
         assert np.array_equal(np.isfinite(found).all(axis=1), np.isfinite(x).all(axis=1))
 
 
-@given(width=st.integers(1, 100), power=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
+@for_prompts
+@pytest.mark.parametrize(("columns", "group", "fine"), [(96, 64, True), (64, 32, True), (64, 64, False)])
+def test_codes_that_prompts_have_no_way_for_are_refused(columns, group, fine):
+    codes, scale, zero, _ = random_codes(np.random.default_rng(0), 4, columns, group, 4)
+    for kernels in PROMPTS:
+        matrix = packed(kernels, "int4", codes, scale, zero, group)
+        with pytest.raises(ValueError, match="prompts have a way of their own for bf16, and for codes of 4 bits"):
+            native.multiply(kernels, matrix, np.ones((2, columns), dtype=np.float32), fine, prompt=True)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["by span", "whole rows"])
+@given(width=st.integers(1, 200), power=st.floats(-30, 30), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
-def test_rounding_of_activations(width, power, seed):
+def test_rounding_of_activations(whole, width, power, seed):
     x = (np.random.default_rng(seed).standard_normal((2, width)) * 10.0**power).astype(np.float32)
     for kernels in KERNELS:
-        q, rest, scale, sums = native.quantize(kernels, x, True)
-        assert np.abs(q.astype(int)).max() <= 127
-        assert np.abs(rest.astype(int)).max() <= 127
-        assert np.all(q[:, width:] == 0)
+        q, rest, scale, sums = native.quantize(kernels, x, True, whole)
+        codes = 256 * q.astype(int) + rest
+        assert np.abs(codes).max() == 32639
+        assert np.abs(q.astype(int)).max() == 127
+        assert np.all(codes[:, width:] == 0)
         for row in range(2):
             for chunk in range(scale.shape[1]):
+                span = x[row] if whole else x[row, chunk // 2 * 64 :][:64]
+                step = np.abs(span.astype(float)).max() / 32639
+                assert np.isclose(scale[row, chunk], step, rtol=1e-6, atol=0)
+                own = codes[row, 32 * chunk : 32 * chunk + 32]
                 part = x[row, 32 * chunk : 32 * chunk + 32].astype(float)
-                span = chunk // 2 * 64
-                step = np.abs(x[row, span : span + 64].astype(float)).max() / 127
-                assert np.isclose(scale[row, chunk], step / 254, rtol=1e-6, atol=0)
-                for i, value in enumerate(part):
-                    own = q[row, 32 * chunk + i]
-                    assert abs(own * step - value) <= step * (0.5 + 1e-4)
-                    assert abs((own + rest[row, 32 * chunk + i] / 254) * step - value) <= step / 254
-                own, left = (part_[row, 32 * chunk : 32 * chunk + 32].astype(int).sum() for part_ in (q, rest))
-                assert np.isclose(sums[row, chunk], step * (own + left / 254), rtol=1e-5, atol=step * 1e-5)
+                assert np.all(np.abs(own[: len(part)] * step - part) <= step * 0.51)
+                assert np.isclose(sums[row, chunk], step * own.sum(), rtol=1e-5, atol=step * 1e-5)
 
 
 def test_a_zero_chunk_is_zero_and_an_undefined_value_stays_one(kernels):

@@ -30,7 +30,7 @@ namespace {
 
 using V = Avx512;
 
-constexpr int kMost = 16;                   // tokens of a tile
+constexpr int kTile = 16;                   // tokens of a tile
 constexpr int kFewest = 3;                  // that tiles are worth it for
 constexpr int kWeights = kSpan * V::lanes;  // bytes of a tile
 
@@ -198,7 +198,7 @@ void multiply_some(const Product* products, int number, const Activations& a, co
   };
   if (count <= 4) return times(std::integral_constant<int, 4>());
   if (count <= 8) return times(std::integral_constant<int, 8>());
-  return times(std::integral_constant<int, kMost>());
+  return times(std::integral_constant<int, kTile>());
 }
 
 constexpr Kernels tiled() {

@@ -1,5 +1,5 @@
-// Prompts by AMX's tiles of bfloat16: 16 tokens or queries, 32 columns and 16 rows at a time. What is multiplied is a sum
-// of two bfloat16, which is as good as 16 bits; weights are one.
+// Prompts by AMX's tiles: 16 tokens or queries and 16 rows at a time. Attention, and products of bf16, by bfloat16: what
+// is multiplied is a sum of two, which is as good as 16 bits; weights are one. Products of 4-bit codes by whole numbers.
 #include "kernels.h"
 #include "room.h"
 
@@ -14,12 +14,13 @@
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(                                                                   \
-                                 "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                                \
+    __attribute__((                                                                                          \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 #endif
 #include "kernels_body.h"
 #include "tiles.h"
@@ -39,7 +40,8 @@ static_assert(kChunk == 32 && V::lanes == kTile);
 struct Rooms {
   Room<uint16_t> rows, shares;
   Room<uint8_t> weights, keys, values;
-  Room<float> states;
+  Room<float> states, scales;
+  Room<int8_t> codes;
 };
 
 Rooms& own_rooms() {
@@ -173,8 +175,114 @@ void multiply_tiles(const Product& product, const Activations& a, const int* tok
   _tile_release();
 }
 
+// ---- products of codes
+
+constexpr int kTwoBytes = 2 * kBytes;  // of a tile of activations, `q` and `fine`
+
+// By 16 tokens and span, a tile of `q`, and one of `fine`; by token, scales.
+void gather(const Activations& a, int columns, const int* tokens, int count) {
+  Rooms& rooms = own_rooms();
+  const int spans = columns / kSpan, all = padded(count, kTile);
+  int8_t* codes = rooms.codes.of(size_t(all) * spans * kTwoBytes / kTile);
+  float* scales = rooms.scales.of(all);
+  for (int i = 0; i < count; ++i) {
+    const size_t place = size_t(tokens[i]) * a.chunks(), from = place * kChunk;
+    scales[i] = a.scale[place];
+    int8_t* to = codes + size_t(i / kTile) * spans * kTwoBytes + i % kTile * kSpan;
+    for (int span = 0; span < spans; ++span, to += kTwoBytes) {
+      std::memcpy(to, a.q + from + span * kSpan, kSpan);
+      std::memcpy(to + kBytes, a.fine + from + span * kSpan, kSpan);
+    }
+  }
+  written();
+}
+
+// A block's codes less their zero points, from -15 to 15, as tiles of a span.
+void spread(const Matrix& m, int block, uint8_t* to) {
+  using C = Coded<V, Kind::int4>;
+  const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
+  for (int column = 0; column < m.columns;) {
+    const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 4 * V::lanes));
+    const __m512i zero = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zeros), _mm512_set1_epi32(0x01010101));
+    at += 5 * V::lanes;
+    for (const int end = std::min(column + m.group, m.columns); column < end; column += kChunk, at += C::bytes) {
+      typename V::Codes codes[8];
+      C::load(at, codes);
+      for (int i = 0; i < 8; ++i, to += 4 * V::lanes) _mm512_store_si512(to, _mm512_sub_epi8(codes[i], zero));
+    }
+  }
+  written();
+}
+
+// A group's codes, `spans` tiles, times those of 16 tokens: sums of `q`, then of `fine`.
+inline __attribute__((always_inline)) void multiply_group(const int8_t* rows, const uint8_t* codes, int spans,
+                                                          int32_t (&sums)[2][kSums]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int span = 0; span < spans; ++span, rows += kTwoBytes, codes += kBytes) {
+    _tile_loadd(6, codes, 64);
+    _tile_loadd(4, rows, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(5, rows + kBytes, 64);
+    _tile_dpbssd(1, 5, 6);
+  }
+  _tile_stored(0, sums[0], 4 * V::lanes);
+  _tile_stored(1, sums[1], 4 * V::lanes);
+}
+
+// A block of rows times 16 tokens or fewer. Tiles are a group ahead of what their sums are scaled with.
+void multiply_block(const Matrix& m, int block, const int8_t* rows, const float* scales, const uint8_t* codes,
+                    const int* tokens, int count, const Outputs& out) {
+  const int spans = m.columns / kSpan, per_group = m.group / kSpan, all = groups(m);
+  const size_t group_bytes = 5 * V::lanes + per_group * 2 * Coded<V, Kind::int4>::bytes;
+  const uint8_t* packed = m.data + block * block_bytes(m, V::lanes);
+  alignas(64) int32_t sums[2][2][kSums];
+  const auto multiply_ahead = [&](int group) {
+    const int span = group * per_group;
+    multiply_group(rows + size_t(span) * kTwoBytes, codes + size_t(span) * kBytes, std::min(per_group, spans - span),
+                   sums[group % 2]);
+  };
+  F<V> y[kTile];
+  unrolled<kTile>([&](auto t) { y[t] = V::set(0); });
+  multiply_ahead(0);
+  for (int group = 0; group < all; ++group, packed += group_bytes) {
+    if (group + 1 < all) multiply_ahead(group + 1);
+    const F<V> s = V::load(reinterpret_cast<const float*>(packed));
+    const auto& own = sums[group % 2];
+    unrolled<kTile>([&](auto t) {
+      const auto sum = [&](int of) { return V::whole((V::I)_mm512_load_si512(own[of] + t * V::lanes)); };
+      y[t] = V::fma(V::fma(sum(0), V::set(kCoarser), sum(1)), s, y[t]);
+    });
+  }
+  const F<V> bias = start<V>(m, block);
+  unrolled<kTile>([&](auto t) {
+    if (t < count) put<V>(m, block, V::fma(y[t], V::set(scales[t]), bias), out, tokens[t]);
+  });
+}
+
+// Two blocks at a time pass the tokens, which the second finds in the nearest cache.
+void multiply_gathered(const Product& product, const int* tokens, int count) {
+  const Matrix& m = *product.matrix;
+  Rooms& rooms = own_rooms();
+  const size_t size = size_t(m.columns / kSpan) * kBytes;
+  const int8_t* rows = rooms.codes.of(0);
+  const float* scales = rooms.scales.of(0);
+  uint8_t* codes = rooms.weights.of(2 * size);
+  shape_tiles(kRegisters);
+  for (int first = product.begin; first < product.end; first += 2) {
+    const int end = std::min(first + 2, product.end);
+    for (int block = first; block < end; ++block) spread(m, block, codes + (block - first) * size);
+    for (int from = 0; from < count; from += kTile)
+      for (int block = first; block < end; ++block)
+        multiply_block(m, block, rows + from / kTile * 2 * size, scales + from, codes + (block - first) * size,
+                       tokens + from, count - from, product.out);
+  }
+  _tile_release();
+}
+
 void multiply_prompt(const Product& product, const Activations& a, const int* tokens, int count) {
   if (count == 0 || product.begin >= product.end) return;
+  if (product.matrix->kind == Kind::int4) return multiply_gathered(product, tokens, count);
   return a.fine ? multiply_tiles<true>(product, a, tokens, count) : multiply_tiles<false>(product, a, tokens, count);
 }
 
@@ -346,7 +454,7 @@ void attend_prompt(const PromptQueries& to, Element element) {
 
 }  // namespace
 
-const PromptKernels amx_prompts = {split, multiply_prompt, attend_prompt};
+const PromptKernels amx_prompts = {split, gather, multiply_prompt, attend_prompt};
 
 }  // namespace gateskip
 

@@ -120,7 +120,7 @@ Bytes pack_floats_of(const std::string& kernels, const std::string& kind, Floats
   return packed;
 }
 
-// Activations of an array (tokens, columns), for tests of single kernels.
+// Activations of an array (tokens, columns), for tests of single kernels; whole rows may share a scale.
 struct OwnActivations : Activations {
   std::vector<float> floats_, scales_, sums_;
   std::vector<int8_t> codes_, fine_;
@@ -128,7 +128,7 @@ struct OwnActivations : Activations {
   std::vector<uint16_t> halves_;
   std::vector<int> tokens;
 
-  OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine) {
+  OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine, bool whole) {
     const int count = static_cast<int>(from.shape(0)), width = static_cast<int>(from.shape(1));
     columns = padded(width, kChunk);
     floats_.resize(size_t(count) * columns);
@@ -143,7 +143,7 @@ struct OwnActivations : Activations {
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
-      kernels.quantize(*this, token, 0, width);
+      kernels.quantize(*this, token, 0, width, whole ? padded(width, kSpan) : kSpan);
       if (kernels.prompts) kernels.prompts->split(*this, token, 0, width);
       tokens.push_back(token);
     }
@@ -160,19 +160,25 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   const Kernels& run = kernels_named(kernels);
   check(run.lanes == m.lanes, "the matrix was packed for other kernels");
   check(x.ndim() == 2 && x.shape(1) == m.columns, "x needs " + std::to_string(m.columns) + " columns");
-  OwnActivations a(run, x, fine);
+  OwnActivations a(run, x, fine, prompt);
   Floats out({x.shape(0), py::ssize_t(m.rows)});
-  check(!prompt || m.kind == Kind::bf16, "prompts have a way of their own for bf16 alone");
   const Product product{&m, 0, blocks(m, run.lanes), {out.mutable_data(), size_t(m.rows)}};
   const int count = static_cast<int>(a.tokens.size());
-  prompt ? prompts_of(run).multiply(product, a, a.tokens.data(), count)
-         : run.multiply(&product, 1, a, a.tokens.data(), count);
+  if (prompt) {
+    const PromptKernels& prompts = prompts_of(run);
+    check(PromptKernels::suits(m) && (fine || m.kind == Kind::bf16),
+          "prompts have a way of their own for bf16, and for codes of 4 bits in groups and columns of whole spans times 16 bits");
+    if (m.kind == Kind::int4) prompts.gather(a, m.columns, a.tokens.data(), count);
+    prompts.multiply(product, a, a.tokens.data(), count);
+  } else {
+    run.multiply(&product, 1, a, a.tokens.data(), count);
+  }
   return out;
 }
 
 // Codes, fine codes (zeros without), scales and sums.
-py::tuple quantize(const std::string& kernels, Floats x, bool with_fine) {
-  OwnActivations a(kernels_named(kernels), x, with_fine);
+py::tuple quantize(const std::string& kernels, Floats x, bool with_fine, bool whole) {
+  OwnActivations a(kernels_named(kernels), x, with_fine, whole);
   py::array_t<int8_t> q({x.shape(0), py::ssize_t(a.columns)}), fine({x.shape(0), py::ssize_t(a.columns)});
   std::memcpy(q.mutable_data(), a.q, a.codes_.size());
   std::fill_n(fine.mutable_data(), fine.size(), int8_t(0));
@@ -461,7 +467,7 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("multiply", &multiply, py::arg("kernels"), py::arg("matrix"), py::arg("x"), py::arg("fine"),
         py::arg("prompt") = false);
-  m.def("quantize", &quantize);
+  m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"), py::arg("whole") = false);
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
   m.def("draw", &draw);

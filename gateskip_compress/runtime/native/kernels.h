@@ -8,8 +8,8 @@
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
 //
-// Activations are rounded in spans of 64 that share a scale: to 8 bits, x = scale * q, or to 16, what the first rounding
-// left being rounded once more, 254 * q + fine in place of q. With codes w, zero points z and weight scales s of a group,
+// Activations are rounded in spans of 64 that share a scale: to 8 bits, x = scale * q, or to 16, in two bytes, 256 * q +
+// fine in place of q. With codes w, zero points z and weight scales s of a group,
 //
 //   y = bias + sum over groups of s * (sum over spans of scale * (w · q) - z * sum over spans of scale * sum(q))
 //
@@ -27,7 +27,9 @@ namespace gateskip {
 
 constexpr int kChunk = 32;       // columns that are taken together: weights and activations are padded to whole ones
 constexpr int kSpan = 64;        // activations that share a scale
-constexpr int kCoarser = 254;    // steps of `fine` in one of `q`
+constexpr int kCoarser = 256;    // steps of `fine` in one of `q`
+constexpr int kMost = 127;       // of `q`
+constexpr int kMostFine = kMost * kCoarser + 127;
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 constexpr int kRun = 256;        // positions that it takes; a multiple of kMostLanes
 constexpr int kMostLanes = 16;   // of all kernels
@@ -106,13 +108,21 @@ struct PromptQueries {
   int head_dim;
 };
 
-// Many tokens of one sequence, where a processor has a faster way for them: attention, and products of bf16. What is
-// multiplied is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one. Sums are as exact as `Kernels`',
-// but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
+// Many tokens of one sequence, where a processor has a faster way for them: attention, products of bf16, and of 4-bit
+// codes. What is multiplied by floats is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one; by
+// codes, activations of 16 bits whose whole rows share a scale. Sums are about as exact as `Kernels`', but added up in
+// another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`
-  void (*multiply)(const Product&, const Activations&, const int* tokens, int count);  // of bf16
+  // Copies what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.
+  void (*gather)(const Activations&, int columns, const int* tokens, int count);
+  void (*multiply)(const Product&, const Activations&, const int* tokens, int count);
   void (*attend)(const PromptQueries&, Element);
+
+  // Whether there is such a product of 16-bit activations.
+  static bool suits(const Matrix& m) {
+    return m.kind == Kind::bf16 || (m.kind == Kind::int4 && m.group % kSpan == 0 && m.columns % kSpan == 0);
+  }
 };
 
 struct Kernels {
@@ -120,9 +130,10 @@ struct Kernels {
   int lanes;
   // For the tokens listed.
   void (*multiply)(const Product*, int products, const Activations&, const int* tokens, int count);
-  // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk.
-  // An infinite or undefined value makes its span's scale undefined, and so every output.
-  void (*quantize)(const Activations&, int token, int begin, int end);
+  // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk;
+  // `span` columns, whole spans of kSpan, share a scale. An infinite or undefined value makes it undefined, and so every
+  // output.
+  void (*quantize)(const Activations&, int token, int begin, int end, int span);
   void (*halve)(const float* x, int count, uint16_t* to);  // to the nearest f16, finite as `to_f16`; whole vectors
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);

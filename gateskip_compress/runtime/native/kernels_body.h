@@ -337,42 +337,41 @@ inline float largest(const float* x, int count) {
   return value;
 }
 
-// To codes from -127 to 127; `x` becomes what rounding left.
+// To codes from -most to most.
 template <class V>
-inline typename V::I rounded(F<V>& x) {
+inline typename V::I rounded(F<V> x, F<V> most) {
   using I = typename V::I;
-  const F<V> round = V::set(12582912.0f), most = V::set(127);
+  const F<V> round = V::set(12582912.0f);
   x = x > most ? most : x;
   x = x > -most ? x : -most;
-  const F<V> shifted = x + round;
-  x = x - (shifted - round);
-  return (I)shifted - (I)round;
+  return (I)(x + round) - (I)round;
 }
 
 template <class V>
-void quantize(const Activations& a, int token, int begin, int end) {
+void quantize(const Activations& a, int token, int begin, int end, int span) {
   using I = typename V::I;
+  const float most = a.fine ? kMostFine : kMost;
   float* from = a.floats(token);
   for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
   float top = 0, scale = 0, back = 0;
   for (int column = begin; column < end; column += kChunk) {
-    if ((column - begin) % kSpan == 0) {
-      top = largest<V>(from + column, padded(end, kChunk) - column < kSpan ? kChunk : kSpan);
-      scale = (top / 127 + top * 0) / static_cast<float>(a.fine ? kCoarser : 1);
-      back = top > 0 ? 127 / top : 0;  // infinite for the smallest numbers: `rounded` holds what that throws out of range
+    if ((column - begin) % span == 0) {
+      const int left = padded(end, kChunk) - column;
+      top = largest<V>(from + column, left < span ? left : span);
+      scale = top / most + top * 0;
+      back = top > 0 ? most / top : 0;  // infinite for the smallest numbers: `rounded` holds what that throws out of range
     }
     const size_t place = size_t(token) * a.chunks() + column / kChunk;
     I sums = {};
     for (int i = 0; i < kChunk; i += V::lanes) {
-      F<V> x = V::load(from + column + i) * V::set(back);
-      I code = rounded<V>(x);
-      V::put_bytes(a.q + place * kChunk + i, code);
+      const I code = rounded<V>(V::load(from + column + i) * V::set(back), V::set(most));
       if (a.fine) {
-        x = x * V::set(kCoarser);
-        const I rest = rounded<V>(x);
-        V::put_bytes(a.fine + place * kChunk + i, rest);
-        code = code * kCoarser + rest;
+        const I q = (code + kCoarser / 2) >> 8;
+        V::put_bytes(a.q + place * kChunk + i, q);
+        V::put_bytes(a.fine + place * kChunk + i, code - q * kCoarser);
         if constexpr (V::paired) V::put_crossed(a.wide + place * kChunk + i, code);
+      } else {
+        V::put_bytes(a.q + place * kChunk + i, code);
       }
       sums += code;
     }

@@ -87,6 +87,7 @@ void Model::prepare() {
 
 void Model::run(const Call& call) {
   prompts_ = call.prompt && call.count >= kPrompt ? kernels.prompts : nullptr;
+  rows_ = prompts_ && shape.fine && codes_;
   team_.run([&](int thread) { work(call, thread); });
 }
 
@@ -184,6 +185,7 @@ void Model::attention(const Call& call, int index, int thread) {
   } else {
     team_.wait();
   }
+  if (rows_ && branch.surrogate.gate.data) round_rows({}, branch.surrogate.gate, thread);
   finish(layer.o, mixed_, branch, thread);
 }
 
@@ -197,6 +199,7 @@ void Model::mlp(const Call& call, int index, int thread) {
   if (there) glu(layer.gate, layer.up, lists.kept, thread);
   replace_inner(branch.surrogate, lists.skipped, thread);
   team_.wait();
+  if (rows_) round_rows(layer.gate, branch.surrogate.gate, thread);
   finish(layer.down, inner_, branch, thread);
 }
 
@@ -348,7 +351,7 @@ void Model::attend_prompt(const Call& call, int index, const std::vector<int>& t
 
 // For the weights that there are.
 void Model::round(const Activations& a, int token, int begin, int end) const {
-  if (codes_) kernels.quantize(a, token, begin, end);
+  if (codes_) kernels.quantize(a, token, begin, end, rows_ ? padded(end - begin, kSpan) : kSpan);
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
 }
 
@@ -358,35 +361,55 @@ Product Model::shared(const Matrix& m, const Outputs& to, int thread) const {
 }
 
 void Model::multiply(std::initializer_list<Product> products, const Activations& from,
-                     const std::vector<int>& tokens) const {
+                     const std::vector<int>& tokens, bool gathered) const {
   const int count = static_cast<int>(tokens.size());
-  if (!prompts_ || !floats_)
+  if (!prompts_ || !(rows_ || floats_))
     return kernels.multiply(products.begin(), static_cast<int>(products.size()), from, tokens.data(), count);
-  for (const Product& product : products)
-    product.matrix->kind == Kind::bf16 ? prompts_->multiply(product, from, tokens.data(), count)
-                                       : kernels.multiply(&product, 1, from, tokens.data(), count);
+  if (!gathered) gather(products.begin()->matrix->columns, from, tokens);
+  for (const Product& product : products) {
+    const Matrix& m = *product.matrix;
+    PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : rows_)
+        ? prompts_->multiply(product, from, tokens.data(), count)
+        : kernels.multiply(&product, 1, from, tokens.data(), count);
+  }
+}
+
+// What a prompt's products read, for several of `multiply`.
+void Model::gather(int columns, const Activations& from, const std::vector<int>& tokens) const {
+  if (rows_ && columns % kSpan == 0) prompts_->gather(from, columns, tokens.data(), static_cast<int>(tokens.size()));
 }
 
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
-// they are in the cache. Without `up`, the gate's own.
+// they are in the cache. Without `up`, the gate's own. Where whole rows share a scale, they are not rounded yet.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
   const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
   const int lanes = kernels.lanes, step = tokens.size() > kFew ? kSpans : std::max(1, end - begin);
+  gather(gate.columns, normed_, tokens);
   for (int span = begin; span < end; span += step) {
     const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
     const int block = first / lanes, past = (last + lanes - 1) / lanes;
     const Product gates{&gate, block, past, {inner_.x, size_t(inner_.columns)}};
     if (up.data)
-      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens);
+      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens, true);
     else
-      multiply({gates}, normed_, tokens);
+      multiply({gates}, normed_, tokens, true);
     for (int token : tokens) {
       if (up.data)
         kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
                     shape.activation);
-      round(inner_, token, first, last);
+      if (!rows_) round(inner_, token, first, last);
     }
   }
+}
+
+// Rounds what `glu` gave tokens that run a branch, and those that do not, each thread a share of them.
+void Model::round_rows(const Matrix& kept, const Matrix& skipped, int thread) {
+  const Lists& lists = lists_[thread];
+  for (const auto& [tokens, gate] : {std::pair(&lists.kept, &kept), std::pair(&lists.skipped, &skipped)}) {
+    const auto [begin, end] = share(static_cast<int>(tokens->size()), thread);
+    for (int i = begin; i < end && gate->data; ++i) round(inner_, (*tokens)[i], 0, gate->rows);
+  }
+  team_.wait();
 }
 
 void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
@@ -436,7 +459,7 @@ void Model::read_out(const Call& call, int thread) {
     for (int i = begin; i < end; ++i) {
       const float* stream = hidden_ + size_t(call.want[first + i]) * shape.width;
       kernels.norm(stream, norm.data(), shape.width, shape.eps, normed_.floats(i));
-      kernels.quantize(normed_, i, 0, shape.width);
+      kernels.quantize(normed_, i, 0, shape.width, kSpan);
     }
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;

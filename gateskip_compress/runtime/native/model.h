@@ -139,9 +139,12 @@ class Model {
 
   void round(const Activations& a, int token, int begin, int end) const;
   Product shared(const Matrix& m, const Outputs& to, int thread) const;  // the thread's share of it
-  void multiply(std::initializer_list<Product> products, const Activations& from, const std::vector<int>& tokens) const;
+  void multiply(std::initializer_list<Product> products, const Activations& from, const std::vector<int>& tokens,
+                bool gathered = false) const;
+  void gather(int columns, const Activations& from, const std::vector<int>& tokens) const;
   void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
+  void round_rows(const Matrix& kept, const Matrix& skipped, int thread);
   void replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
   void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
 
@@ -163,6 +166,7 @@ class Model {
   size_t stride_ = 0;          // of `qkv_`
   bool codes_ = false, floats_ = false;     // whether layers have weights of codes, of bf16
   const PromptKernels* prompts_ = nullptr;  // where this call goes their way
+  bool rows_ = false;                       // and its activations are codes whose whole rows share a scale
 };
 
 }  // namespace gateskip
