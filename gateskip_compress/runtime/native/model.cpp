@@ -363,20 +363,29 @@ Product Model::shared(const Matrix& m, const Outputs& to, int thread) const {
 void Model::multiply(std::initializer_list<Product> products, const Activations& from,
                      const std::vector<int>& tokens, bool gathered) const {
   const int count = static_cast<int>(tokens.size());
-  if (!prompts_ || !(rows_ || floats_))
+  const auto own = [&](const Product& product) { return goes_own_way(*product.matrix); };
+  if (std::none_of(products.begin(), products.end(), own))
     return kernels.multiply(products.begin(), static_cast<int>(products.size()), from, tokens.data(), count);
-  if (!gathered) gather(products.begin()->matrix->columns, from, tokens);
   for (const Product& product : products) {
-    const Matrix& m = *product.matrix;
-    PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : rows_)
-        ? prompts_->multiply(product, from, tokens.data(), count)
-        : kernels.multiply(&product, 1, from, tokens.data(), count);
+    if (!own(product)) {
+      kernels.multiply(&product, 1, from, tokens.data(), count);
+      continue;
+    }
+    if (!gathered) gathered = gather(*product.matrix, from, tokens);
+    prompts_->multiply(product, from, tokens.data(), count);
   }
 }
 
-// What a prompt's products read, for several of `multiply`.
-void Model::gather(int columns, const Activations& from, const std::vector<int>& tokens) const {
-  if (rows_ && columns % kSpan == 0) prompts_->gather(from, columns, tokens.data(), static_cast<int>(tokens.size()));
+// Whether this call has `PromptKernels` for such weights.
+bool Model::goes_own_way(const Matrix& m) const {
+  return prompts_ && PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : rows_);
+}
+
+// What products of codes like these read, for several of `multiply`; whether there are any.
+bool Model::gather(const Matrix& m, const Activations& from, const std::vector<int>& tokens) const {
+  if (m.kind != Kind::int4 || !goes_own_way(m)) return false;
+  prompts_->gather(from, m.columns, tokens.data(), static_cast<int>(tokens.size()));
+  return true;
 }
 
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
@@ -384,15 +393,15 @@ void Model::gather(int columns, const Activations& from, const std::vector<int>&
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
   const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
   const int lanes = kernels.lanes, step = tokens.size() > kFew ? kSpans : std::max(1, end - begin);
-  gather(gate.columns, normed_, tokens);
+  const bool gathered = gather(gate, normed_, tokens) || (up.data && gather(up, normed_, tokens));
   for (int span = begin; span < end; span += step) {
     const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
     const int block = first / lanes, past = (last + lanes - 1) / lanes;
     const Product gates{&gate, block, past, {inner_.x, size_t(inner_.columns)}};
     if (up.data)
-      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens, true);
+      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens, gathered);
     else
-      multiply({gates}, normed_, tokens, true);
+      multiply({gates}, normed_, tokens, gathered);
     for (int token : tokens) {
       if (up.data)
         kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,

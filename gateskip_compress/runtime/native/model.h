@@ -141,7 +141,8 @@ class Model {
   Product shared(const Matrix& m, const Outputs& to, int thread) const;  // the thread's share of it
   void multiply(std::initializer_list<Product> products, const Activations& from, const std::vector<int>& tokens,
                 bool gathered = false) const;
-  void gather(int columns, const Activations& from, const std::vector<int>& tokens) const;
+  bool goes_own_way(const Matrix& m) const;
+  bool gather(const Matrix& m, const Activations& from, const std::vector<int>& tokens) const;
   void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
   void round_rows(const Matrix& kept, const Matrix& skipped, int thread);

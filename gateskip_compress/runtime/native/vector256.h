@@ -109,7 +109,7 @@ struct Avx2 {
     std::memcpy(&two, x, 4);
     return (I)_mm256_set1_epi32(two);
   }
-  // A chunk's sum, 32 products of 128 * 32385 at most, fits 32 bits.
+  // A chunk's sum, 32 products of 128 * 32639 at most, fits 32 bits.
   static I add_products(I sum, I w, I x) {
     return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x)));
   }
