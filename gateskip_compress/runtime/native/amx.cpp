@@ -189,7 +189,7 @@ void multiply_tiles(const Product* products, int number, const Activations& a, c
 void multiply_some(const Product* products, int number, const Activations& a, const int* tokens, int count) {
   const bool tiles = count >= kFewest && std::all_of(products, products + number, [](const Product& product) {
     const Matrix& m = *product.matrix;
-    return (m.kind == Kind::int4 || m.kind == Kind::int8) && spans(m) && m.columns % kSpan == 0;
+    return (m.kind == Kind::int4 || m.kind == Kind::int8) && whole_spans(m);
   });
   if (!tiles) return multiply<V>(products, number, a, tokens, count);
   const auto times = [&](auto T) {

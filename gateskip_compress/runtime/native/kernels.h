@@ -120,9 +120,7 @@ struct PromptKernels {
   void (*attend)(const PromptQueries&, Element);
 
   // Whether there is such a product of 16-bit activations.
-  static bool suits(const Matrix& m) {
-    return m.kind == Kind::bf16 || (m.kind == Kind::int4 && m.group % kSpan == 0 && m.columns % kSpan == 0);
-  }
+  static bool suits(const Matrix& m);
 };
 
 struct Kernels {
@@ -181,6 +179,13 @@ inline int groups(const Matrix& m) { return (m.columns + m.group - 1) / m.group;
 
 // Whether sums run over whole spans.
 inline bool spans(const Matrix& m) { return m.group % kSpan == 0; }
+
+// The same, and the last one is whole too, as tiles take them.
+inline bool whole_spans(const Matrix& m) { return spans(m) && m.columns % kSpan == 0; }
+
+inline bool PromptKernels::suits(const Matrix& m) {
+  return m.kind == Kind::bf16 || (m.kind == Kind::int4 && whole_spans(m));
+}
 
 inline size_t block_bytes(const Matrix& m, int lanes) {
   if (m.kind == Kind::bf16) return size_t(m.columns) * lanes * 2;
