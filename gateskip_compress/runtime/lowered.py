@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Lowered(ABC):
         ...
 
     def prefill(self, prompt: Int[np.ndarray, " t"], row: int = 0, first: int = 0, *, logits: bool = False) -> Step:
-        """Run a prompt, a window at a time; what its last token gives.
+        """Run a prompt, in windows as few and as equal as can be; what its last token gives.
 
         Args:
             prompt: Token ids.
@@ -69,11 +70,11 @@ class Lowered(ABC):
             first: Position of the first of them.
             logits: Wanted besides the best token.
         """
-        window = extension().WINDOW
-        last = (len(prompt) - 1) // window * window
-        for begin in range(0, last, window):
-            self.run_row(prompt[begin : begin + window], row, first + begin, wanted=0, prompt=True)
-        return self.run_row(prompt[last:], row, first + last, wanted=1, logits=logits, prompt=True)
+        windows = max(1, -(-len(prompt) // self.native.window))
+        cuts = [len(prompt) * i // windows for i in range(windows)]
+        for begin, end in pairwise(cuts):
+            self.run_row(prompt[begin:end], row, first + begin, wanted=0, prompt=True)
+        return self.run_row(prompt[cuts[-1] :], row, first + cuts[-1], wanted=1, logits=logits, prompt=True)
 
     def run_row(self, ids: Int[np.ndarray, " t"], row: int, first: int, *, wanted: int, **how: Any) -> Step:
         """Run neighbouring tokens of one sequence; what the last `wanted` of them give. `how` is as in `run`."""
@@ -84,12 +85,12 @@ class Lowered(ABC):
     @cached_property
     def _numbers(self) -> Int[np.ndarray, " n"]:
         """Positions, ready to be cut out of."""
-        return np.arange(max(self.context_tokens, extension().WINDOW), dtype=np.int32)
+        return np.arange(max(self.context_tokens, self.native.window), dtype=np.int32)
 
     @cached_property
     def _rows(self) -> Int[np.ndarray, "r w"]:
         """Each row's number, as often as a call may need it."""
-        return np.repeat(np.arange(self.rows, dtype=np.int32)[:, None], extension().WINDOW, axis=1)
+        return np.repeat(np.arange(self.rows, dtype=np.int32)[:, None], self.native.window, axis=1)
 
     @cached_property
     def likely(self) -> int:

@@ -16,11 +16,11 @@
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                \
     __attribute__((                                                                                          \
-        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16,prfchw"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16,prfchw")
 #endif
 #include "kernels_body.h"
 #include "tiles.h"
@@ -181,18 +181,23 @@ constexpr int kTwoBytes = 2 * kBytes;  // of a tile of activations, `q` and `fin
 
 // By 16 tokens and span, a tile of `q`, and one of `fine`; by token, scales.
 void gather(const Activations& a, int columns, const int* tokens, int count) {
+  using I = V::I;
   Rooms& rooms = own_rooms();
   const int spans = columns / kSpan, all = padded(count, kTile);
   int8_t* codes = rooms.codes.of(size_t(all) * spans * kTwoBytes / kTile);
   float* scales = rooms.scales.of(all);
   for (int i = 0; i < count; ++i) {
-    const size_t place = size_t(tokens[i]) * a.chunks(), from = place * kChunk;
-    scales[i] = a.scale[place];
+    const float* from = a.floats(tokens[i]);
+    const float top = largest<V>(from, columns);
+    scales[i] = top / kMostFine + top * 0;
+    const F<V> back = V::set(top > 0 ? kMostFine / top : 0), most = V::set(kMostFine);
     int8_t* to = codes + size_t(i / kTile) * spans * kTwoBytes + i % kTile * kSpan;
-    for (int span = 0; span < spans; ++span, to += kTwoBytes) {
-      std::memcpy(to, a.q + from + span * kSpan, kSpan);
-      std::memcpy(to + kBytes, a.fine + from + span * kSpan, kSpan);
-    }
+    for (int span = 0; span < spans; ++span, from += kSpan, to += kTwoBytes)
+      for (int at = 0; at < kSpan; at += V::lanes) {
+        const I code = rounded<V>(V::load(from + at) * back, most), q = (code + kCoarser / 2) >> 8;
+        V::put_bytes(to + at, q);
+        V::put_bytes(to + kBytes + at, code - q * kCoarser);
+      }
   }
   written();
 }
@@ -247,6 +252,8 @@ void multiply_block(const Matrix& m, int block, const int8_t* rows, const float*
   multiply_ahead(0);
   for (int group = 0; group < all; ++group, packed += group_bytes) {
     if (group + 1 < all) multiply_ahead(group + 1);
+    for (int t = kTile * group / all; t < std::min(count, kTile * (group + 1) / all); ++t)
+      __builtin_prefetch(out.at + tokens[t] * out.stride + block * V::lanes, 1);
     const F<V> s = V::load(reinterpret_cast<const float*>(packed));
     const auto& own = sums[group % 2];
     unrolled<kTile>([&](auto t) {

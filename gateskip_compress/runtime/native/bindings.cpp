@@ -128,7 +128,7 @@ struct OwnActivations : Activations {
   std::vector<uint16_t> halves_;
   std::vector<int> tokens;
 
-  OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine, bool whole) {
+  OwnActivations(const Kernels& kernels, const Floats& from, bool with_fine) {
     const int count = static_cast<int>(from.shape(0)), width = static_cast<int>(from.shape(1));
     columns = padded(width, kChunk);
     floats_.resize(size_t(count) * columns);
@@ -143,7 +143,7 @@ struct OwnActivations : Activations {
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
-      kernels.quantize(*this, token, 0, width, whole ? padded(width, kSpan) : kSpan);
+      kernels.quantize(*this, token, 0, width);
       if (kernels.prompts) kernels.prompts->split(*this, token, 0, width);
       tokens.push_back(token);
     }
@@ -160,7 +160,7 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   const Kernels& run = kernels_named(kernels);
   check(run.lanes == m.lanes, "the matrix was packed for other kernels");
   check(x.ndim() == 2 && x.shape(1) == m.columns, "x needs " + std::to_string(m.columns) + " columns");
-  OwnActivations a(run, x, fine, prompt);
+  OwnActivations a(run, x, fine);
   Floats out({x.shape(0), py::ssize_t(m.rows)});
   const Product product{&m, 0, blocks(m, run.lanes), {out.mutable_data(), size_t(m.rows)}};
   const int count = static_cast<int>(a.tokens.size());
@@ -177,8 +177,8 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
 }
 
 // Codes, fine codes (zeros without), scales and sums.
-py::tuple quantize(const std::string& kernels, Floats x, bool with_fine, bool whole) {
-  OwnActivations a(kernels_named(kernels), x, with_fine, whole);
+py::tuple quantize(const std::string& kernels, Floats x, bool with_fine) {
+  OwnActivations a(kernels_named(kernels), x, with_fine);
   py::array_t<int8_t> q({x.shape(0), py::ssize_t(a.columns)}), fine({x.shape(0), py::ssize_t(a.columns)});
   std::memcpy(q.mutable_data(), a.q, a.codes_.size());
   std::fill_n(fine.mutable_data(), fine.size(), int8_t(0));
@@ -216,8 +216,8 @@ Activation activation_named(const std::string& name) {
 Floats glu(const std::string& kernels, Floats gate, Floats up, const std::string& activation) {
   check(gate.size() == up.size(), "gate and up differ in size");
   Floats y(gate.size());
-  std::memcpy(y.mutable_data(), gate.data(), sizeof(float) * gate.size());
-  kernels_named(kernels).glu(y.mutable_data(), up.data(), static_cast<int>(gate.size()), activation_named(activation));
+  kernels_named(kernels).glu(gate.data(), up.data(), static_cast<int>(gate.size()), activation_named(activation),
+                             y.mutable_data());
   return y;
 }
 
@@ -421,7 +421,7 @@ struct HeldModel {
   Call checked(const Ints& ids, const Ints& rows, const Ints& positions, const std::optional<Floats>& thresholds) {
     Call call;
     call.count = static_cast<int>(ids.size());
-    check(call.count >= 1 && call.count <= kWindow, "a call takes 1 to " + std::to_string(kWindow) + " tokens, not " +
+    check(call.count >= 1 && call.count <= model.window, "a call takes 1 to " + std::to_string(model.window) + " tokens, not " +
                                                         std::to_string(call.count));
     check(rows.size() == call.count && positions.size() == call.count, "ids, rows and positions differ in length");
     within(ids, model.shape.vocabulary, "token id");
@@ -449,8 +449,8 @@ struct HeldModel {
 
 PYBIND11_MODULE(_native, m) {
   using namespace gateskip;
-  m.attr("WINDOW") = kWindow;
   m.attr("CHUNK") = kChunk;
+  m.attr("WINDOW") = kWindow;  // tokens that any model's call takes
   m.attr("COMPILER") = __VERSION__;
   m.def("kernels", [] {
     std::vector<std::pair<std::string, int>> found;
@@ -467,7 +467,7 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("multiply", &multiply, py::arg("kernels"), py::arg("matrix"), py::arg("x"), py::arg("fine"),
         py::arg("prompt") = false);
-  m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"), py::arg("whole") = false);
+  m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"));
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
   m.def("draw", &draw);
@@ -535,6 +535,7 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("fine", &Shape::fine);
   py::class_<HeldModel>(m, "Model")
       .def(py::init<const Shape&, const std::string&, int>())
+      .def_property_readonly("window", [](const HeldModel& held) { return held.model.window; })  // of a prompt
       .def("finish", &HeldModel::finish)
       .def("run", &HeldModel::run)
       .def("follow", &HeldModel::follow);

@@ -114,7 +114,7 @@ struct PromptQueries {
 // another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`
-  // Copies what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.
+  // Rounds what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.
   void (*gather)(const Activations&, int columns, const int* tokens, int count);
   void (*multiply)(const Product&, const Activations&, const int* tokens, int count);
   void (*attend)(const PromptQueries&, Element);
@@ -128,10 +128,9 @@ struct Kernels {
   int lanes;
   // For the tokens listed.
   void (*multiply)(const Product*, int products, const Activations&, const int* tokens, int count);
-  // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk;
-  // `span` columns, whole spans of kSpan, share a scale. An infinite or undefined value makes it undefined, and so every
-  // output.
-  void (*quantize)(const Activations&, int token, int begin, int end, int span);
+  // Rounds a token's floats from column `begin`, the first of a span, to `end`, and zeros the rest of the last chunk.
+  // An infinite or undefined value makes its span's scale undefined, and so every output.
+  void (*quantize)(const Activations&, int token, int begin, int end);
   void (*halve)(const float* x, int count, uint16_t* to);  // to the nearest f16, finite as `to_f16`; whole vectors
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
@@ -140,8 +139,8 @@ struct Kernels {
   float (*exp_sum)(const float* x, int count, float top);
   // An entry as likely as the softmax of the scores says, by a number from 0 to below 1; -1 where that is undefined.
   int (*draw)(const float* scores, int count, double chance);
-  // gate = activation(gate) * up
-  void (*glu)(float* gate, const float* up, int width, Activation);
+  // y = activation(gate) * up
+  void (*glu)(const float* gate, const float* up, int width, Activation, float* y);
   void (*attend)(const Queries&, Element);
   // What a query gets from all its runs, by their parts, which lie one after the other and are lost.
   void (*merge)(float* parts, int runs, int head_dim, float* out);

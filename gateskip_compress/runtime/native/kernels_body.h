@@ -348,16 +348,16 @@ inline typename V::I rounded(F<V> x, F<V> most) {
 }
 
 template <class V>
-void quantize(const Activations& a, int token, int begin, int end, int span) {
+void quantize(const Activations& a, int token, int begin, int end) {
   using I = typename V::I;
   const float most = a.fine ? kMostFine : kMost;
   float* from = a.floats(token);
   for (int column = end; column < padded(end, kChunk); ++column) from[column] = 0;
   float top = 0, scale = 0, back = 0;
   for (int column = begin; column < end; column += kChunk) {
-    if ((column - begin) % span == 0) {
+    if ((column - begin) % kSpan == 0) {
       const int left = padded(end, kChunk) - column;
-      top = largest<V>(from + column, left < span ? left : span);
+      top = largest<V>(from + column, left < kSpan ? left : kSpan);
       scale = top / most + top * 0;
       back = top > 0 ? most / top : 0;  // infinite for the smallest numbers: `rounded` holds what that throws out of range
     }
@@ -470,22 +470,22 @@ inline F<V> activated(F<V> x) {
 }
 
 template <class V, Activation A>
-void activate(float* gate, const float* up, int width) {
+void activate(const float* gate, const float* up, int width, float* y) {
   int i = 0;
   for (; i + V::lanes <= width; i += V::lanes)
-    V::store(gate + i, activated<V, A>(V::load(gate + i)) * V::load(up + i));
+    V::store(y + i, activated<V, A>(V::load(gate + i)) * V::load(up + i));
   if (i == width) return;
   float g[V::lanes] = {}, u[V::lanes] = {};
   std::memcpy(g, gate + i, sizeof(float) * (width - i));
   std::memcpy(u, up + i, sizeof(float) * (width - i));
   V::store(g, activated<V, A>(V::load(g)) * V::load(u));
-  std::memcpy(gate + i, g, sizeof(float) * (width - i));
+  std::memcpy(y + i, g, sizeof(float) * (width - i));
 }
 
 template <class V>
-void glu(float* gate, const float* up, int width, Activation activation) {
-  return activation == Activation::silu ? activate<V, Activation::silu>(gate, up, width)
-                                        : activate<V, Activation::gelu>(gate, up, width);
+void glu(const float* gate, const float* up, int width, Activation activation, float* y) {
+  return activation == Activation::silu ? activate<V, Activation::silu>(gate, up, width, y)
+                                        : activate<V, Activation::gelu>(gate, up, width, y);
 }
 
 // ---- attention

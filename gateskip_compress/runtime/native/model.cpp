@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "pack.h"
 
@@ -27,7 +28,12 @@ int runs_seen(const Layer& layer, int position) {
 
 }  // namespace
 
-Model::Model(const Shape& s, const Kernels& k, int threads) : shape(s), kernels(k), team_(threads), lists_(threads) {}
+Model::Model(const Shape& s, const Kernels& k, int threads)
+    : shape(s),
+      kernels(k),
+      window(kWindow * (k.prompts ? std::min(threads, kShared) : 1)),
+      team_(threads),
+      lists_(threads) {}
 
 float* Model::floats(size_t count) {
   owned_.emplace_back(new uint8_t[4 * count + 64]());
@@ -37,15 +43,15 @@ float* Model::floats(size_t count) {
 Activations Model::activations(int columns) {
   Activations a;
   a.columns = padded(columns, kChunk);
-  a.x = floats(size_t(kWindow) * a.columns);
-  if (kernels.prompts && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(kWindow * a.halves_apart() / 2));
-  a.q = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
+  a.x = floats(size_t(window) * a.columns);
+  if (kernels.prompts && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(window * a.halves_apart() / 2));
+  a.q = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));
   if (shape.fine) {
-    a.fine = reinterpret_cast<int8_t*>(floats(size_t(kWindow) * a.columns / 4));
-    a.wide = reinterpret_cast<int16_t*>(floats(size_t(kWindow) * a.columns / 2));
+    a.fine = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));
+    a.wide = reinterpret_cast<int16_t*>(floats(size_t(window) * a.columns / 2));
   }
-  a.scale = floats(size_t(kWindow) * a.chunks());
-  a.sum = floats(size_t(kWindow) * a.chunks());
+  a.scale = floats(size_t(window) * a.chunks());
+  a.sum = floats(size_t(window) * a.chunks());
   return a;
 }
 
@@ -57,7 +63,10 @@ void Model::prepare() {
     kept_heads_ += layer.kv_heads;
     most = std::max(most, layer.heads);
     stride_ = std::max(stride_, size_t(layer.heads + 2 * layer.kv_heads) * shape.head_dim);
-    const auto look = [&](const Matrix& m) { codes_ |= m.kind == Kind::int4 || m.kind == Kind::int8; };
+    const auto look = [&](const Matrix& m) {
+      const bool codes = m.data && (m.kind == Kind::int4 || m.kind == Kind::int8);
+      codes_ |= codes, others_ |= codes && !(shape.fine && PromptKernels::suits(m));
+    };
     for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
       look(*m), floats_ |= m->kind == Kind::bf16;
     for (const Branch* branch : {&layer.attention, &layer.mlp, &layer.draft_attention, &layer.draft_mlp})
@@ -66,28 +75,29 @@ void Model::prepare() {
   normed_ = activations(shape.width);
   mixed_ = activations(most * shape.head_dim);
   inner_ = activations(shape.inner);
-  hidden_ = floats(size_t(kWindow) * shape.width);
-  qkv_ = floats(kWindow * stride_);
-  up_ = floats(size_t(kWindow) * shape.inner);
-  out_ = floats(size_t(kWindow) * shape.width);
+  hidden_ = floats(size_t(window) * shape.width);
+  qkv_ = floats(window * stride_);
+  piece_size_ = std::max(size_t(window) * kSpans * kSpan, size_t(kFew) * padded(shape.inner, kSpan));
+  pieces_ = floats(padded(shape.inner, kSpan) + 2 * team_.size() * piece_size_) + padded(shape.inner, kSpan);
+  out_ = floats(size_t(window) * shape.width);
   const size_t queries_at_once = std::max(kFew * most, team_.size() * kMostQueries);
   parts_ = floats(queries_at_once * runs_of(shape.context) * Queries::part_size(shape.head_dim));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
   row_ = floats(size_t(team_.size()) * shape.width);
   best_.resize(size_t(team_.size()) * kLogits);
-  keep_.resize(2 * layers.size() * kWindow);
+  keep_.resize(2 * layers.size() * window);
   const size_t heads = shape.rows * kept_heads_;
   keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
   values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1);
   for (Lists& lists : lists_) {
-    for (std::vector<int>* list : {&lists.all, &lists.kept, &lists.skipped}) list->reserve(kWindow);
-    lists.queries.reserve(kernels.prompts ? size_t(kWindow) * most : 0);
+    for (std::vector<int>* list : {&lists.own, &lists.all, &lists.kept, &lists.skipped}) list->reserve(window);
+    lists.queries.reserve(kernels.prompts ? size_t(window) * most : 0);
   }
 }
 
 void Model::run(const Call& call) {
   prompts_ = call.prompt && call.count >= kPrompt ? kernels.prompts : nullptr;
-  rows_ = prompts_ && shape.fine && codes_;
+  apart_ = prompts_ && call.count >= kApart * team_.size();
   team_.run([&](int thread) { work(call, thread); });
 }
 
@@ -96,14 +106,39 @@ Model::Range Model::share(int count, int thread) const {
   return {at(thread), at(thread + 1)};
 }
 
+Model::Range Model::split(int count, int thread) const { return apart_ ? Range{0, count} : share(count, thread); }
+
+void Model::meet() {
+  if (!apart_) team_.wait();
+}
+
+// Threads that share out tokens take parts from both ends: later tokens attend to more.
+void Model::list_tokens(int count, int thread) {
+  Lists& lists = lists_[thread];
+  lists.own.clear();
+  const auto add = [&](std::vector<int>& list, Range range) {
+    for (int token = range.begin; token < range.end; ++token) list.push_back(token);
+  };
+  if (apart_) {
+    const int parts = 2 * team_.size();
+    for (int part : {thread, parts - 1 - thread})
+      add(lists.own, {static_cast<int>(int64_t(count) * part / parts), static_cast<int>(int64_t(count) * (part + 1) / parts)});
+    lists.all = lists.own;
+  } else {
+    add(lists.own, share(count, thread));
+    lists.all.clear();
+    add(lists.all, {0, count});
+  }
+}
+
 void Model::work(const Call& call, int thread) {
-  lists_[thread].all.clear();
-  for (int token = 0; token < call.count; ++token) lists_[thread].all.push_back(token);
+  list_tokens(call.count, thread);
   embed(call, thread);
   for (int layer = 0; layer < static_cast<int>(layers.size()); ++layer) {
     attention(call, layer, thread);
     mlp(call, layer, thread);
   }
+  if (apart_) team_.wait();
   read_out(call, thread);
 }
 
@@ -122,8 +157,7 @@ void Model::copy_row(const Table& table, int row, float* to) const {
 }
 
 void Model::embed(const Call& call, int thread) {
-  const auto [begin, end] = share(call.count, thread);
-  for (int token = begin; token < end; ++token) {
+  for (int token : lists_[thread].own) {
     float* x = hidden_ + size_t(token) * shape.width;
     copy_row(embedding, call.ids[token], x);
     for (int i = 0; shape.enlarged != 1 && i < shape.width; ++i) x[i] *= shape.enlarged;
@@ -134,14 +168,13 @@ void Model::embed(const Call& call, int thread) {
 // them.
 void Model::enter(const Call& call, const Branch& branch, bool there, int index, int thread) {
   const bool decides = there && call.thresholds && branch.gated;
-  uint8_t* keep = keep_.data() + size_t(index) * kWindow;
-  const auto [begin, end] = share(call.count, thread);
-  for (int token = begin; token < end; ++token) {
+  uint8_t* keep = keep_.data() + size_t(index) * window;
+  for (int token : lists_[thread].own) {
     float* x = normed_.floats(token);
     kernels.norm(hidden_ + size_t(token) * shape.width, branch.norm.data(), shape.width, shape.eps, x);
     round(normed_, token, 0, shape.width);
     keep[token] = there;
-    if (decides && branch.follows) keep[token] = keep[token - kWindow];
+    if (decides && branch.follows) keep[token] = keep[token - window];
     if (decides && !branch.follows) {
       const float score = kernels.dot(x, branch.score.data(), shape.width) + branch.bias;
       keep[token] = score > call.thresholds[index] || call.positions[token] == 0;
@@ -149,11 +182,11 @@ void Model::enter(const Call& call, const Branch& branch, bool there, int index,
     }
     if (call.kept) call.kept[size_t(index) * call.count + token] = keep[token];
   }
-  team_.wait();
+  meet();
   Lists& lists = lists_[thread];
   lists.kept.clear();
   lists.skipped.clear();
-  for (int token = 0; token < call.count; ++token) (keep[token] ? lists.kept : lists.skipped).push_back(token);
+  for (int token : lists.all) (keep[token] ? lists.kept : lists.skipped).push_back(token);
 }
 
 void Model::attention(const Call& call, int index, int thread) {
@@ -176,16 +209,14 @@ void Model::attention(const Call& call, int index, int thread) {
       multiply({q}, normed_, lists.kept);
       multiply({k, v}, normed_, remembered);
     }
-    team_.wait();
-    const uint8_t* keep = keep_.data() + size_t(2 * index) * kWindow;
-    const auto [begin, end] = share(call.count, thread);
-    for (int token = begin; token < end; ++token) place(call, index, token, keep[token]);
+    meet();
+    const uint8_t* keep = keep_.data() + size_t(2 * index) * window;
+    for (int token : lists.own) place(call, index, token, keep[token]);
     team_.wait();
     prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
   } else {
-    team_.wait();
+    meet();
   }
-  if (rows_ && branch.surrogate.gate.data) round_rows({}, branch.surrogate.gate, thread);
   finish(layer.o, mixed_, branch, thread);
 }
 
@@ -198,8 +229,7 @@ void Model::mlp(const Call& call, int index, int thread) {
   enter(call, branch, there, 2 * index + 1, thread);
   if (there) glu(layer.gate, layer.up, lists.kept, thread);
   replace_inner(branch.surrogate, lists.skipped, thread);
-  team_.wait();
-  if (rows_) round_rows(layer.gate, branch.surrogate.gate, thread);
+  meet();
   finish(layer.down, inner_, branch, thread);
 }
 
@@ -210,8 +240,8 @@ void Model::finish(const Matrix& m, const Activations& from, const Branch& branc
     if (!kept.empty()) multiply({shared(m, {hidden_, size_t(shape.width), true}, thread)}, from, kept);
   } else {
     multiply({shared(m, {out_, size_t(shape.width)}, thread)}, from, kept);
-    team_.wait();
-    const auto [begin, end] = share(static_cast<int>(kept.size()), thread);
+    meet();
+    const auto [begin, end] = split(static_cast<int>(kept.size()), thread);
     for (int i = begin; i < end; ++i) {
       float *to = hidden_ + size_t(kept[i]) * shape.width, *y = out_ + size_t(kept[i]) * shape.width;
       kernels.norm(y, branch.post.data(), shape.width, shape.eps, y);
@@ -219,7 +249,7 @@ void Model::finish(const Matrix& m, const Activations& from, const Branch& branc
     }
   }
   replace_outer(branch.surrogate, lists_[thread].skipped, thread);
-  team_.wait();
+  meet();
 }
 
 // Which of the cache's heads one of a token's is.
@@ -313,21 +343,21 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
     for (int i = 0; !few && i < now.count; ++i) merge(now.token[i], now.head[i], first + i);
     at += now.count;
   }
-  team_.wait();
+  meet();
   const auto [begin, end] = share(count, thread);
   for (int i = begin; i < end; ++i) {
     for (int head = 0; few && head < layer.heads; ++head)
       merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
     round(mixed_, tokens[i], 0, layer.heads * d);
   }
-  team_.wait();
+  meet();
 }
 
 // Each thread takes a share of the queries, those of the same keys at once.
 void Model::attend_prompt(const Call& call, int index, const std::vector<int>& tokens, int thread) {
   const Layer& layer = layers[index];
   const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = layer.heads / layer.kv_heads;
-  const Range own = share(count * layer.kv_heads, thread);  // pairs of a token and a head of keys
+  const Range own = split(count * layer.kv_heads, thread);  // pairs of a token and a head of keys
   std::vector<PromptQuery>& queries = lists_[thread].queries;
   for (int at = own.begin; at < own.end;) {
     const int kv_head = at / count, last = std::min(own.end, (kv_head + 1) * count);
@@ -343,20 +373,20 @@ void Model::attend_prompt(const Call& call, int index, const std::vector<int>& t
                       values_.elements(from, 0), keys_.scales(from, 0), values_.scales(from, 0), d},
                      shape.element);
   }
-  team_.wait();
-  const auto [begin, end] = share(count, thread);
+  meet();
+  const auto [begin, end] = split(count, thread);
   for (int i = begin; i < end; ++i) round(mixed_, tokens[i], 0, layer.heads * d);
-  team_.wait();
+  meet();
 }
 
 // For the weights that there are.
 void Model::round(const Activations& a, int token, int begin, int end) const {
-  if (codes_) kernels.quantize(a, token, begin, end, rows_ ? padded(end - begin, kSpan) : kSpan);
+  if (codes_ && (!prompts_ || others_)) kernels.quantize(a, token, begin, end);
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
 }
 
 Product Model::shared(const Matrix& m, const Outputs& to, int thread) const {
-  const auto [begin, end] = share(blocks(m, kernels.lanes), thread);
+  const auto [begin, end] = split(blocks(m, kernels.lanes), thread);
   return {&m, begin, end, to};
 }
 
@@ -378,7 +408,7 @@ void Model::multiply(std::initializer_list<Product> products, const Activations&
 
 // Whether this call has `PromptKernels` for such weights.
 bool Model::goes_own_way(const Matrix& m) const {
-  return prompts_ && PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : rows_);
+  return prompts_ && PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : shape.fine);
 }
 
 // What products of codes like these read, for several of `multiply`; whether there are any.
@@ -391,34 +421,26 @@ bool Model::gather(const Matrix& m, const Activations& from, const std::vector<i
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
 // they are in the cache. Without `up`, the gate's own. Where whole rows share a scale, they are not rounded yet.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
-  const auto [begin, end] = share(padded(gate.rows, kSpan) / kSpan, thread);
-  const int lanes = kernels.lanes, step = tokens.size() > kFew ? kSpans : std::max(1, end - begin);
+  const auto [begin, end] = split(padded(gate.rows, kSpan) / kSpan, thread);
+  const int lanes = kernels.lanes, step = lists_[thread].all.size() > kFew ? kSpans : std::max(1, end - begin);
+  const size_t stride = size_t(step) * kSpan;
+  float* piece = pieces_ + 2 * thread * piece_size_;
   const bool gathered = gather(gate, normed_, tokens) || (up.data && gather(up, normed_, tokens));
   for (int span = begin; span < end; span += step) {
     const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
     const int block = first / lanes, past = (last + lanes - 1) / lanes;
-    const Product gates{&gate, block, past, {inner_.x, size_t(inner_.columns)}};
+    float *gates = piece - first, *ups = gates + piece_size_;  // as if of whole rows
     if (up.data)
-      multiply({gates, {&up, block, past, {up_, size_t(shape.inner)}}}, normed_, tokens, gathered);
+      multiply({{&gate, block, past, {gates, stride}}, {&up, block, past, {ups, stride}}}, normed_, tokens, gathered);
     else
-      multiply({gates}, normed_, tokens, gathered);
+      multiply({{&gate, block, past, {inner_.x, size_t(inner_.columns)}}}, normed_, tokens, gathered);
     for (int token : tokens) {
       if (up.data)
-        kernels.glu(inner_.floats(token) + first, up_ + size_t(token) * shape.inner + first, last - first,
-                    shape.activation);
-      if (!rows_) round(inner_, token, first, last);
+        kernels.glu(gates + token * stride + first, ups + token * stride + first, last - first, shape.activation,
+                    inner_.floats(token) + first);
+      round(inner_, token, first, last);
     }
   }
-}
-
-// Rounds what `glu` gave tokens that run a branch, and those that do not, each thread a share of them.
-void Model::round_rows(const Matrix& kept, const Matrix& skipped, int thread) {
-  const Lists& lists = lists_[thread];
-  for (const auto& [tokens, gate] : {std::pair(&lists.kept, &kept), std::pair(&lists.skipped, &skipped)}) {
-    const auto [begin, end] = share(static_cast<int>(tokens->size()), thread);
-    for (int i = begin; i < end && gate->data; ++i) round(inner_, (*tokens)[i], 0, gate->rows);
-  }
-  team_.wait();
 }
 
 void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
@@ -432,7 +454,7 @@ void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& to
   if (surrogate.down.data)
     return multiply({shared(surrogate.down, {hidden_, size_t(shape.width), true}, thread)}, inner_, tokens);
   if (surrogate.offset.empty()) return;
-  const auto [begin, end] = share(shape.width, thread);
+  const auto [begin, end] = split(shape.width, thread);
   for (int token : tokens)
     for (int i = begin; i < end; ++i) hidden_[size_t(token) * shape.width + i] += surrogate.offset[i];
 }
@@ -461,6 +483,8 @@ int Model::largest(float* logits, int begin, int end, bool exact, const float* x
 // Logits of the wanted tokens, and the largest of each.
 void Model::read_out(const Call& call, int thread) {
   const int size = call.vocabulary;
+  int tokens[kLogits];
+  std::iota(tokens, tokens + kLogits, 0);
   const bool quick = quick_head.data && !call.logits, exact = !quick && !exact_head.data;
   for (int first = 0; first < call.wanted; first += kLogits) {
     const int count = std::min(kLogits, call.wanted - first);
@@ -468,13 +492,13 @@ void Model::read_out(const Call& call, int thread) {
     for (int i = begin; i < end; ++i) {
       const float* stream = hidden_ + size_t(call.want[first + i]) * shape.width;
       kernels.norm(stream, norm.data(), shape.width, shape.eps, normed_.floats(i));
-      kernels.quantize(normed_, i, 0, shape.width, kSpan);
+      kernels.quantize(normed_, i, 0, shape.width);
     }
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
     const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
     const Product product{quick ? &quick_head : &head, from, to, {logits, size_t(size)}};
-    kernels.multiply(&product, 1, normed_, lists_[thread].all.data(), count);
+    kernels.multiply(&product, 1, normed_, tokens, count);
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
           largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),

@@ -4,6 +4,9 @@
 // A call runs any tokens: one of one sequence (decoding), several of one (a prompt, or drafted tokens to verify), or one
 // of each of several. A token is a row of the cache and a position in it; it sees that row's positions up to its own.
 // What a token gives does not depend on the others in its call, up to rounding where that is a prompt.
+//
+// Threads share out rows of weights, and meet after each product; of a long prompt they share out the tokens, each of
+// which then stays in one core's cache, and meet where one looks at others' keys and values.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +20,9 @@
 
 namespace gateskip {
 
-constexpr int kWindow = 256;  // tokens of one call
+constexpr int kWindow = 256;   // tokens of one call; of prompts that have a way of their own, of each thread
+constexpr int kShared = 4;     // threads for which there are so many
+constexpr int kApart = 128;    // tokens for each thread, for which unpacking all weights in all threads is worth it
 constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
@@ -104,6 +109,7 @@ class Model {
 
   const Shape shape;
   const Kernels& kernels;
+  const int window;  // tokens that a call may have
 
   // Buffers for the layers that are there now; to be called once before the first `run`.
   void prepare();
@@ -118,13 +124,17 @@ class Model {
     int count = 0, kv_head = 0, first_run = 0, runs = 0;  // of positions, up to `runs`, those that one of them sees
     int token[kMostQueries], head[kMostQueries];
   };
-  // Token numbers that one thread looks up in each branch.
+  // Token numbers: those that one thread normalises and places, and those that it multiplies: of a branch, all, and the
+  // ones that run it or do not.
   struct Lists {
-    std::vector<int> all, kept, skipped;
+    std::vector<int> own, all, kept, skipped;
     std::vector<PromptQuery> queries;  // of one head of keys
   };
 
   Range share(int count, int thread) const;
+  Range split(int count, int thread) const;  // of rows, channels or listed tokens: all, where tokens are shared out
+  void list_tokens(int count, int thread);
+  void meet();  // unless tokens are shared out
   void work(const Call& call, int thread);
   void copy_row(const Table& table, int row, float* to) const;
   void embed(const Call& call, int thread);
@@ -145,7 +155,6 @@ class Model {
   bool gather(const Matrix& m, const Activations& from, const std::vector<int>& tokens) const;
   void finish(const Matrix& m, const Activations& from, const Branch& branch, int thread);
   void glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread);
-  void round_rows(const Matrix& kept, const Matrix& skipped, int thread);
   void replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
   void replace_outer(const Surrogate& surrogate, const std::vector<int>& tokens, int thread);
 
@@ -159,15 +168,17 @@ class Model {
   std::vector<Lists> lists_;
   std::vector<std::unique_ptr<uint8_t[]>> owned_;
   Cache keys_, values_;
-  std::vector<uint8_t> keep_;  // (2 layers, kWindow)
+  std::vector<uint8_t> keep_;  // (2 layers, window)
   Activations normed_, mixed_, inner_;
-  float *hidden_, *qkv_, *up_, *out_, *parts_, *logits_, *row_;
+  float *hidden_, *qkv_, *pieces_, *out_, *parts_, *logits_, *row_;
   std::vector<int32_t> best_;  // (threads, kLogits)
   size_t kept_heads_ = 0;      // of a row of the cache, in all layers
   size_t stride_ = 0;          // of `qkv_`
+  size_t piece_size_ = 0;      // of a thread's gates, and of what they gate, that `glu` takes at once
   bool codes_ = false, floats_ = false;     // whether layers have weights of codes, of bf16
+  bool others_ = false;                     // and of codes that `PromptKernels` have no way for
   const PromptKernels* prompts_ = nullptr;  // where this call goes their way
-  bool rows_ = false;                       // and its activations are codes whose whole rows share a scale
+  bool apart_ = false;                      // and threads share out tokens
 };
 
 }  // namespace gateskip
