@@ -60,6 +60,9 @@ inline F<V> left(F<V> x) {
   return x - (F<V>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
 }
 
+// Cut off to a bfloat16: as good with what that leaves, but for half a bit, and takes one operation.
+inline F<V> cut(F<V> x) { return (F<V>)((V::I)x & int(0xffff0000)); }
+
 // The nearest of 32 floats.
 inline __m512i nearest(F<V> a, F<V> b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
 
@@ -72,6 +75,17 @@ constexpr Order kZipped = [] {
   for (int i = 0; i < 32; ++i) order.at[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
   return order;
 }();
+
+constexpr Order kUpper = [] {
+  Order order;
+  for (int i = 0; i < 32; ++i) order.at[i] = static_cast<uint16_t>(2 * i + 1);
+  return order;
+}();
+
+// `cut` of 32 floats.
+inline __m512i upper(F<V> a, F<V> b) {
+  return _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(kUpper.at), (__m512i)b);
+}
 
 // a0 b0 a1 b1 ...
 inline __m512i zipped(__m512i a_then_b) {
@@ -297,8 +311,8 @@ void multiply_prompt(const Product& product, const Activations& a, const int* to
 
 // Two neighbouring rows of 16 floats as pairs: a tile's row, and that of what it leaves, a tile further.
 inline void put_pairs(F<V> a, F<V> b, uint8_t* to) {
-  _mm512_store_si512(to, zipped(nearest(a, b)));
-  _mm512_store_si512(to + kBytes, zipped(nearest(left(a), left(b))));
+  _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)cut(b)));
+  _mm512_store_si512(to + kBytes, zipped(nearest(a - cut(a), b - cut(b))));
 }
 
 // Keys of a run's positions [0, end), filled up to whole 32: for each 16, for each 32 channels, a tile, high and low.
@@ -344,18 +358,19 @@ inline void weigh_row(const float* scores, int from, int until, int begin, int e
                       float& top, float& sum) {
   const auto until_here = [](int last, int at) { return (1u << std::min(std::max(last - at, 0), V::lanes)) - 1; };
   const auto seen = [&](int at) { return static_cast<__mmask16>(until_here(until, at) & ~until_here(from, at)); };
+  const auto whole = [&](int at) { return from <= at && at + 32 <= until; };
   F<V> most = V::set(-INFINITY), total = V::set(0);
-  for (int at = begin; at < end; at += V::lanes) most = _mm512_mask_max_ps(most, seen(at), most, V::load(scores + at));
+  for (int at = begin; at < end; at += 32)
+    for (int own : {at, at + V::lanes})
+      most = _mm512_mask_max_ps(most, whole(at) ? __mmask16(-1) : seen(own), most, V::load(scores + own));
   top = _mm512_reduce_max_ps(most);
   for (int at = begin; at < end; at += 32) {
-    F<V> weights[2];
-    for (int i = 0; i < 2; ++i) {
-      const int own = at + i * V::lanes;
-      weights[i] = _mm512_maskz_mov_ps(seen(own), exponential<V>(V::load(scores + own) - V::set(top)));
-      total = total + weights[i];
-    }
-    _mm512_storeu_si512(high + at, nearest(weights[0], weights[1]));
-    _mm512_storeu_si512(low + at, nearest(left(weights[0]), left(weights[1])));
+    F<V> a = exponential<V>(V::load(scores + at) - V::set(top)),
+         b = exponential<V>(V::load(scores + at + V::lanes) - V::set(top));
+    if (!whole(at)) a = _mm512_maskz_mov_ps(seen(at), a), b = _mm512_maskz_mov_ps(seen(at + V::lanes), b);
+    total = total + a + b;
+    _mm512_storeu_si512(high + at, upper(a, b));
+    _mm512_storeu_si512(low + at, nearest(a - cut(a), b - cut(b)));
   }
   sum = _mm512_reduce_add_ps(total);
 }
