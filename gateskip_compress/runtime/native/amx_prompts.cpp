@@ -54,27 +54,12 @@ constexpr uint8_t kRegisters[8] = {kTile, kTile, 0, 0, kTile, kTile, kTile, kTil
 
 // ---- two of bfloat16
 
-// What the nearest bfloat16 leaves.
-inline F<V> left(F<V> x) {
-  const __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
-  return x - (F<V>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-}
-
-// Cut off to a bfloat16: as good with what that leaves, but for half a bit, and takes one operation.
-inline F<V> cut(F<V> x) { return (F<V>)((V::I)x & int(0xffff0000)); }
-
-// The nearest of 32 floats.
-inline __m512i nearest(F<V> a, F<V> b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+// The nearest bfloat16, as a float; of two as near, the larger one.
+inline F<V> nearest(F<V> x) { return (F<V>)(((V::I)x + 0x8000) & int(0xffff0000)); }
 
 struct Order {
   alignas(64) uint16_t at[32] = {};
 };
-
-constexpr Order kZipped = [] {
-  Order order;
-  for (int i = 0; i < 32; ++i) order.at[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
-  return order;
-}();
 
 constexpr Order kUpper = [] {
   Order order;
@@ -82,23 +67,25 @@ constexpr Order kUpper = [] {
   return order;
 }();
 
-// `cut` of 32 floats.
-inline __m512i upper(F<V> a, F<V> b) {
+// Floats that are bfloat16, a's before b's.
+inline __m512i joined(F<V> a, F<V> b) {
   return _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(kUpper.at), (__m512i)b);
 }
 
-// a0 b0 a1 b1 ...
-inline __m512i zipped(__m512i a_then_b) {
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kZipped.at), a_then_b);
+// The same, as a tile's row: a0 b0 a1 b1 ...
+inline __m512i zipped(F<V> a, F<V> b) { return _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b); }
+
+// 32 floats to two of bfloat16.
+inline void split_two(F<V> a, F<V> b, uint16_t* high, uint16_t* low) {
+  const F<V> first = nearest(a), second = nearest(b);
+  _mm512_storeu_si512(high, joined(first, second));
+  _mm512_storeu_si512(low, joined(nearest(a - first), nearest(b - second)));
 }
 
 // Floats, filled up with zeros to whole 32.
 inline void split_row(const float* from, int count, uint16_t* high, uint16_t* low) {
-  for (int i = 0; i < count; i += 32) {
-    const F<V> x = V::load(from + i), y = i + V::lanes < count ? V::load(from + i + V::lanes) : V::set(0);
-    _mm512_storeu_si512(high + i, nearest(x, y));
-    _mm512_storeu_si512(low + i, nearest(left(x), left(y)));
-  }
+  for (int i = 0; i < count; i += 32)
+    split_two(V::load(from + i), i + V::lanes < count ? V::load(from + i + V::lanes) : V::set(0), high + i, low + i);
 }
 
 void split(const Activations& a, int token, int begin, int end) {
@@ -142,13 +129,10 @@ inline void multiply_two(const uint16_t* rows, size_t low_at, size_t apart, cons
 
 // A block of rows as tiles, one for each 32 columns: of each pair of them two of every row.
 void tiles_of(const Matrix& m, int block, uint8_t* to) {
-  const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
-  const auto column = [&](int i) {
-    return i < m.columns ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2 * V::lanes * i))
-                         : _mm256_setzero_si256();
-  };
+  const uint16_t* at = reinterpret_cast<const uint16_t*>(m.data + block * block_bytes(m, V::lanes));
+  const auto column = [&](int i) { return i < m.columns ? V::bf16(at + i * V::lanes) : V::set(0); };
   for (int i = 0; i < padded(m.columns, kChunk); i += 2, to += 4 * V::lanes)
-    _mm512_store_si512(to, zipped(_mm512_inserti64x4(_mm512_castsi256_si512(column(i)), column(i + 1), 1)));
+    _mm512_store_si512(to, zipped(column(i), column(i + 1)));
   written();
 }
 
@@ -281,22 +265,19 @@ void multiply_block(const Matrix& m, int block, const int8_t* rows, const float*
   });
 }
 
-// Two blocks at a time pass the tokens, which the second finds in the nearest cache.
 void multiply_gathered(const Product& product, const int* tokens, int count) {
   const Matrix& m = *product.matrix;
   Rooms& rooms = own_rooms();
   const size_t size = size_t(m.columns / kSpan) * kBytes;
   const int8_t* rows = rooms.codes.of(0);
   const float* scales = rooms.scales.of(0);
-  uint8_t* codes = rooms.weights.of(2 * size);
+  uint8_t* codes = rooms.weights.of(size);
   shape_tiles(kRegisters);
-  for (int first = product.begin; first < product.end; first += 2) {
-    const int end = std::min(first + 2, product.end);
-    for (int block = first; block < end; ++block) spread(m, block, codes + (block - first) * size);
+  for (int block = product.begin; block < product.end; ++block) {
+    spread(m, block, codes);
     for (int from = 0; from < count; from += kTile)
-      for (int block = first; block < end; ++block)
-        multiply_block(m, block, rows + from / kTile * 2 * size, scales + from, codes + (block - first) * size,
-                       tokens + from, count - from, product.out);
+      multiply_block(m, block, rows + from / kTile * 2 * size, scales + from, codes, tokens + from, count - from,
+                     product.out);
   }
   _tile_release();
 }
@@ -311,8 +292,9 @@ void multiply_prompt(const Product& product, const Activations& a, const int* to
 
 // Two neighbouring rows of 16 floats as pairs: a tile's row, and that of what it leaves, a tile further.
 inline void put_pairs(F<V> a, F<V> b, uint8_t* to) {
-  _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)cut(b)));
-  _mm512_store_si512(to + kBytes, zipped(nearest(a - cut(a), b - cut(b))));
+  const F<V> first = nearest(a), second = nearest(b);
+  _mm512_store_si512(to, zipped(first, second));
+  _mm512_store_si512(to + kBytes, zipped(nearest(a - first), nearest(b - second)));
 }
 
 // Keys of a run's positions [0, end), filled up to whole 32: for each 16, for each 32 channels, a tile, high and low.
@@ -369,8 +351,7 @@ inline void weigh_row(const float* scores, int from, int until, int begin, int e
          b = exponential<V>(V::load(scores + at + V::lanes) - V::set(top));
     if (!whole(at)) a = _mm512_maskz_mov_ps(seen(at), a), b = _mm512_maskz_mov_ps(seen(at + V::lanes), b);
     total = total + a + b;
-    _mm512_storeu_si512(high + at, upper(a, b));
-    _mm512_storeu_si512(low + at, nearest(a - cut(a), b - cut(b)));
+    split_two(a, b, high + at, low + at);
   }
   sum = _mm512_reduce_add_ps(total);
 }

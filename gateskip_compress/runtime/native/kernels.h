@@ -134,6 +134,8 @@ struct Kernels {
   void (*halve)(const float* x, int count, uint16_t* to);  // to the nearest f16, finite as `to_f16`; whole vectors
   // y = weight * x / sqrt(mean(x²) + eps); y may be x.
   void (*norm)(const float* x, const float* weight, int width, float eps, float* y);
+  // The first `count` channels of a head, turned by half-split rotary positions (arXiv 2104.09864).
+  void (*rotate)(float* head, const float* cos, const float* sin, int count);
   float (*dot)(const float* x, const float* y, int width);
   // Sum of e^(x - top).
   float (*exp_sum)(const float* x, int count, float top);

@@ -411,6 +411,20 @@ void norm(const float* x, const float* weight, int width, float eps, float* y) {
 }
 
 template <class V>
+void rotate(float* head, const float* cos, const float* sin, int count) {
+  const int half = count / 2;
+  const auto turn = [&](auto load, auto store, int i) {
+    const auto left = load(head + i), right = load(head + half + i);
+    store(head + i, left * load(cos + i) - right * load(sin + i));
+    store(head + half + i, right * load(cos + half + i) + left * load(sin + half + i));
+  };
+  int i = 0;
+  for (; i + V::lanes <= half; i += V::lanes) turn(V::load, V::store, i);
+  for (; i < half; ++i)
+    turn([](const float* from) { return *from; }, [](float* to, float x) { *to = x; }, i);
+}
+
+template <class V>
 float exp_sum(const float* x, int count, float top) {
   F<V> sum = V::set(0);
   int i = 0;
@@ -658,7 +672,7 @@ void merge(float* parts, int runs, int head_dim, float* out) {
 
 template <class V>
 constexpr Kernels table(const char* name) {
-  return {name,    V::lanes, multiply<V>, quantize<V>, halve<V>,  norm<V>, dot<V>,
+  return {name,    V::lanes, multiply<V>, quantize<V>, halve<V>, norm<V>,  rotate<V>, dot<V>,
           exp_sum<V>, draw<V>,  glu<V>,      attend<V>,   merge<V>, nullptr};
 }
 

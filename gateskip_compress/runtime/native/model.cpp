@@ -9,16 +9,6 @@
 namespace gateskip {
 namespace {
 
-// The first `count` channels of a head, turned by half-split rotary positions (arXiv 2104.09864).
-void rotate(float* head, const float* cos, const float* sin, int count) {
-  const int half = count / 2;
-  for (int i = 0; i < half; ++i) {
-    const float left = head[i], right = head[i + half];
-    head[i] = left * cos[i] - right * sin[i];
-    head[i + half] = right * cos[i + half] + left * sin[i + half];
-  }
-}
-
 // The first position that a token in that layer sees.
 int seen_from(const Layer& layer, int position) { return layer.window ? std::max(0, position + 1 - layer.window) : 0; }
 
@@ -267,7 +257,7 @@ void Model::place(const Call& call, int index, int token, bool kept) {
     if (!weight.empty()) kernels.norm(head, weight.data(), d, shape.eps, head);
     if (layer.rotation < 0) return;
     const Rotation& rotation = rotations[layer.rotation];
-    rotate(head, rotation.cos + turn, rotation.sin + turn, shape.rotated);
+    kernels.rotate(head, rotation.cos + turn, rotation.sin + turn, shape.rotated);
   };
   for (int head = 0; kept && head < layer.heads; ++head) {
     turned(query + head * d, layer.q_norm);
