@@ -273,11 +273,17 @@ void multiply_gathered(const Product& product, const int* tokens, int count) {
   const float* scales = rooms.scales.of(0);
   uint8_t* codes = rooms.weights.of(size);
   shape_tiles(kRegisters);
+  const size_t bytes = block_bytes(m, V::lanes), step = bytes * kTile / padded(count, kTile);
   for (int block = product.begin; block < product.end; ++block) {
     spread(m, block, codes);
-    for (int from = 0; from < count; from += kTile)
+    const uint8_t *next = m.data + (block + 1) * bytes, *fetched = next;
+    for (int from = 0; from < count; from += kTile) {
+      if (block + 1 < product.end)
+        for (const uint8_t* until = next + step * (from / kTile + 1); fetched < until; fetched += 64)
+          __builtin_prefetch(fetched);
       multiply_block(m, block, rows + from / kTile * 2 * size, scales + from, codes, tokens + from, count - from,
                      product.out);
+    }
   }
   _tile_release();
 }
