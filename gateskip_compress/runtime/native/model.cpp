@@ -333,14 +333,14 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
     for (int i = 0; !few && i < now.count; ++i) merge(now.token[i], now.head[i], first + i);
     at += now.count;
   }
-  meet();
+  team_.wait();
   const auto [begin, end] = share(count, thread);
   for (int i = begin; i < end; ++i) {
     for (int head = 0; few && head < layer.heads; ++head)
       merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
     round(mixed_, tokens[i], 0, layer.heads * d);
   }
-  meet();
+  team_.wait();
 }
 
 // Each thread takes a share of the queries, those of the same keys at once.
@@ -369,7 +369,7 @@ void Model::attend_prompt(const Call& call, int index, const std::vector<int>& t
   meet();
 }
 
-// For the weights that there are.
+// For the weights that there are; products of codes with a way of their own round for themselves, see `gather`.
 void Model::round(const Activations& a, int token, int begin, int end) const {
   if (codes_ && (!prompts_ || others_)) kernels.quantize(a, token, begin, end);
   if (prompts_ && floats_) prompts_->split(a, token, begin, end);
@@ -409,7 +409,7 @@ bool Model::gather(const Matrix& m, const Activations& from, const std::vector<i
 }
 
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
-// they are in the cache. Without `up`, the gate's own. Where whole rows share a scale, they are not rounded yet.
+// they are in the cache. Without `up`, the gate's own.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
   const auto [begin, end] = split(padded(gate.rows, kSpan) / kSpan, thread);
   const int lanes = kernels.lanes, step = lists_[thread].all.size() > kFew ? kSpans : std::max(1, end - begin);

@@ -20,9 +20,9 @@
 
 namespace gateskip {
 
-constexpr int kWindow = 256;   // tokens of one call; of prompts that have a way of their own, of each thread
-constexpr int kShared = 4;     // threads for which there are so many
-constexpr int kApart = 128;    // tokens for each thread, for which unpacking all weights in all threads is worth it
+constexpr int kWindow = 256;  // tokens of one call; where prompts have a way of their own, so many for each thread,
+constexpr int kShared = 4;    // up to so many threads
+constexpr int kApart = 128;   // tokens of a thread for which it is worth its while to unpack all weights by itself
 constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
