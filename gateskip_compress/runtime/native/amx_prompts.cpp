@@ -179,7 +179,6 @@ constexpr int kTwoBytes = 2 * kBytes;  // of a tile of activations, `q` and `fin
 
 // By 16 tokens and span, a tile of `q`, and one of `fine`; by token, scales.
 void gather(const Activations& a, int columns, const int* tokens, int count) {
-  using I = V::I;
   Rooms& rooms = own_rooms();
   const int spans = columns / kSpan, all = padded(count, kTile);
   int8_t* codes = rooms.codes.of(size_t(all) * spans * kTwoBytes / kTile);
@@ -191,11 +190,8 @@ void gather(const Activations& a, int columns, const int* tokens, int count) {
     const F<V> back = V::set(top > 0 ? kMostFine / top : 0), most = V::set(kMostFine);
     int8_t* to = codes + size_t(i / kTile) * spans * kTwoBytes + i % kTile * kSpan;
     for (int span = 0; span < spans; ++span, from += kSpan, to += kTwoBytes)
-      for (int at = 0; at < kSpan; at += V::lanes) {
-        const I code = rounded<V>(V::load(from + at) * back, most), q = (code + kCoarser / 2) >> 8;
-        V::put_bytes(to + at, q);
-        V::put_bytes(to + kBytes + at, code - q * kCoarser);
-      }
+      for (int at = 0; at < kSpan; at += V::lanes)
+        put_code<V>(rounded<V>(V::load(from + at) * back, most), to + at, to + kBytes + at);
   }
   written();
 }

@@ -421,8 +421,8 @@ struct HeldModel {
   Call checked(const Ints& ids, const Ints& rows, const Ints& positions, const std::optional<Floats>& thresholds) {
     Call call;
     call.count = static_cast<int>(ids.size());
-    check(call.count >= 1 && call.count <= model.window, "a call takes 1 to " + std::to_string(model.window) + " tokens, not " +
-                                                        std::to_string(call.count));
+    check(call.count >= 1 && call.count <= model.window,
+          "a call takes 1 to " + std::to_string(model.window) + " tokens, not " + std::to_string(call.count));
     check(rows.size() == call.count && positions.size() == call.count, "ids, rows and positions differ in length");
     within(ids, model.shape.vocabulary, "token id");
     within(rows, model.shape.rows, "row");

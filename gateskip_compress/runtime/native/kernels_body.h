@@ -347,6 +347,14 @@ inline typename V::I rounded(F<V> x, F<V> most) {
   return (I)(x + round) - (I)round;
 }
 
+// Codes of 16 bits as two bytes.
+template <class V>
+inline void put_code(typename V::I code, int8_t* to_q, int8_t* to_fine) {
+  const typename V::I q = (code + kCoarser / 2) >> 8;
+  V::put_bytes(to_q, q);
+  V::put_bytes(to_fine, code - q * kCoarser);
+}
+
 template <class V>
 void quantize(const Activations& a, int token, int begin, int end) {
   using I = typename V::I;
@@ -366,9 +374,7 @@ void quantize(const Activations& a, int token, int begin, int end) {
     for (int i = 0; i < kChunk; i += V::lanes) {
       const I code = rounded<V>(V::load(from + column + i) * V::set(back), V::set(most));
       if (a.fine) {
-        const I q = (code + kCoarser / 2) >> 8;
-        V::put_bytes(a.q + place * kChunk + i, q);
-        V::put_bytes(a.fine + place * kChunk + i, code - q * kCoarser);
+        put_code<V>(code, a.q + place * kChunk + i, a.fine + place * kChunk + i);
         if constexpr (V::paired) V::put_crossed(a.wide + place * kChunk + i, code);
       } else {
         V::put_bytes(a.q + place * kChunk + i, code);
