@@ -281,12 +281,17 @@ def test_activations_far_out_are_finite(kernels, activation):
     np.testing.assert_allclose(found, [0, 0, 0, 90, 200, 1e30], rtol=1e-6, atol=1e-6)
 
 
-def _as_kept(part, element):
-    """Keys or values, by position, as a cache of such elements keeps them."""
-    if element == "int8":
-        most = np.abs(part).max(axis=1, keepdims=True)
-        return np.rint(part * (np.float32(127) / most)).astype(float) * (most / np.float32(127))
-    return part.astype(np.float16 if element == "f16" else np.float32).astype(float)
+def _as_kept(keys, values, element):
+    """Keys and values, by position, as a cache of such elements keeps them."""
+    if element != "int8":
+        return [part.astype(np.float16 if element == "f16" else np.float32).astype(float) for part in (keys, values)]
+    groups = np.split(keys, range(32, keys.shape[1], 32), axis=1)
+    return [np.concatenate([_rounded(part) for part in groups], axis=1), _rounded(values)]
+
+
+def _rounded(part):
+    most = np.abs(part).max(axis=1, keepdims=True)
+    return np.rint(part * (np.float32(127) / most)).astype(float) * (most / np.float32(127))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -351,7 +356,7 @@ def test_attention(element, seen, sixteens, sharp, seed):
     positions = ends.max()
     query = (sharp * rng.standard_normal((len(seen), d))).astype(np.float32)
     keys, values = (rng.standard_normal((positions, d)).astype(np.float32) for _ in range(2))
-    kept = [_as_kept(part, element) for part in (keys, values)]
+    kept = _as_kept(keys, values, element)
     for kernels in KERNELS:
         found = native.attend(kernels, query, keys, values, begins, ends, element)
         close_attention(kernels, found, query, kept, begins, ends, 1e-5)
@@ -380,7 +385,7 @@ def test_attention_of_prompts(element, count, first, window, sixteens, sharp, se
     begins = np.maximum(0, ends - window).astype(np.int32) if window else np.zeros_like(ends)
     query = (sharp * rng.standard_normal((count, d)) / np.sqrt(d)).astype(np.float32)
     keys, values = (rng.standard_normal((ends.max(), d)).astype(np.float32) for _ in range(2))
-    kept = [_as_kept(part, element) for part in (keys, values)]
+    kept = _as_kept(keys, values, element)
     for kernels in PROMPTS:
         found = native.attend(kernels, query, keys, values, begins, ends, element, prompt=True)
         close_attention(kernels, found, query, kept, begins, ends, 3e-5)  # of two bfloat16, 16 bits, and their sums

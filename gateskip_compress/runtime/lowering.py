@@ -60,8 +60,8 @@ def lower(
         floats: How projections that are not quantized, and `lowrank` surrogates, are kept.
         head: How the output head is kept. With `int8`, greedy decoding reads a copy of 4 bits, and computes the largest
             logits again from the head's own rows; where logits are asked for, its float rows correct the largest.
-        cache: How keys and values are kept. `int8`, with a scale for each position and head, halves a long cache and
-            what is read of it.
+        cache: How keys and values are kept. `int8`, with a scale for 32 channels of a key and for a head's value,
+            nearly halves a long cache and what is read of it.
         activation_bits: Of what meets quantized weights: 16 is as exact as the float path and costs one token nothing,
             since the weights must be read all the same; 8 is faster on prompts.
         kernels: Of `kernel_names()`; None is the fastest that fits.

@@ -35,7 +35,7 @@ constexpr int kTile = 16;     // tokens, queries, rows or positions
 constexpr int kBytes = 1024;  // of a tile
 constexpr int kSums = kTile * V::lanes;
 
-static_assert(kChunk == 32 && V::lanes == kTile);
+static_assert(kChunk == 32 && kKeyGroup == 32 && V::lanes == kTile);
 
 struct Rooms {
   Room<uint16_t> rows, shares;
@@ -306,14 +306,16 @@ void widen_keys(const PromptQueries& of, int run, int end, uint8_t* to) {
   const E* keys = static_cast<const E*>(of.keys) + size_t(run) * kRun * d;
   for (int block = 0; block < padded(end, 32) / V::lanes; ++block) {
     const int own = block * V::lanes < end ? d : 0;
-    F<V> scale = V::set(1);
-    if constexpr (scaled<E>)
-      if (own) scale = V::load(of.key_scales + run * kRun + block * V::lanes);
-    const auto channel = [&](int i) {
-      return i < own ? element<V>(keys + (size_t(block) * d + i) * V::lanes) * scale : V::set(0);
-    };
-    for (int from = 0; from < d; from += 32, to += 2 * kBytes)
-      for (int i = 0; i < 32; i += 2) put_pairs(channel(from + i), channel(from + i + 1), to + i / 2 * 4 * V::lanes);
+    for (int from = 0; from < d; from += kKeyGroup, to += 2 * kBytes) {
+      F<V> scale = V::set(1);
+      if constexpr (scaled<E>)
+        if (own)
+          scale = V::load(of.key_scales + (size_t(run) * kRun + block * V::lanes) * key_groups(d) + from / kKeyGroup * V::lanes);
+      const auto channel = [&](int i) {
+        return from + i < own ? element<V>(keys + (size_t(block) * d + from + i) * V::lanes) * scale : V::set(0);
+      };
+      for (int i = 0; i < kKeyGroup; i += 2) put_pairs(channel(i), channel(i + 1), to + i / 2 * 4 * V::lanes);
+    }
   }
   written();
 }

@@ -232,7 +232,8 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
   for (int i = 0; i < count; ++i)
     check(begin.at(i) >= 0 && begin.at(i) < end.at(i) && end.at(i) <= positions, "begin and end are out of range");
-  Cache k(run, element_named(element), 1, positions, d, run.lanes), v(run, element_named(element), 1, positions, d, 1);
+  Cache k(run, element_named(element), 1, positions, d, run.lanes, kKeyGroup),
+      v(run, element_named(element), 1, positions, d, 1, d);
   for (int p = 0; p < positions; ++p) k.write(0, p, keys.data(p, 0)), v.write(0, p, values.data(p, 0));
   if (prompt) {
     Floats out({count, d});

@@ -6,15 +6,18 @@
 
 namespace gateskip {
 
-Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step)
+Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step,
+             int group)
     : kernels_(&kernels),
       element_(element),
       positions_(padded(context, kMostLanes)),
       head_dim_(head_dim),
       size_(element == Element::f32 ? 4 : element == Element::f16 ? 2 : 1),
-      step_(step) {
+      step_(step),
+      group_(group),
+      groups_((head_dim + group - 1) / group) {
   data_.reset(static_cast<uint8_t*>(std::calloc(heads * positions_ * head_dim_, size_)));
-  if (element == Element::int8) scales_.reset(static_cast<float*>(std::calloc(heads * positions_, sizeof(float))));
+  if (element == Element::int8) scales_.reset(static_cast<float*>(std::calloc(heads * positions_ * groups_, sizeof(float))));
   if (!data_ || (element == Element::int8 && !scales_)) throw std::bad_alloc();
 }
 
@@ -32,13 +35,18 @@ void Cache::write(size_t head, int position, const float* values) {
     }
     return;
   }
-  float most = 0, poison = 0;
-  for (size_t i = 0; i < head_dim_; ++i) most = std::max(most, std::fabs(values[i])), poison += values[i] * 0;
-  scales_.get()[head * positions_ + position] = most / 127 + poison;
-  each(first<int8_t>(head, position), [back = most > 0 ? 127 / most : 0](float x) {
-    // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
-    return static_cast<int8_t>(std::nearbyint(std::max(-127.0f, std::min(127.0f, x * back))));
-  });
+  int8_t* to = first<int8_t>(head, position);
+  float* scale = first_scale(head, position);
+  for (size_t begin = 0; begin < head_dim_; begin += group_, scale += step_) {
+    const size_t end = std::min(begin + group_, head_dim_);
+    float most = 0, poison = 0;
+    for (size_t i = begin; i < end; ++i) most = std::max(most, std::fabs(values[i])), poison += values[i] * 0;
+    *scale = most / 127 + poison;
+    const float back = most > 0 ? 127 / most : 0;
+    for (size_t i = begin; i < end; ++i)
+      // the smallest numbers make `back` infinite: the bounds hold what that throws out of range
+      to[i * step_] = static_cast<int8_t>(std::nearbyint(std::max(-127.0f, std::min(127.0f, values[i] * back))));
+  }
 }
 
 void Cache::copy(size_t from, size_t to, int position) {
@@ -50,7 +58,9 @@ void Cache::copy(size_t from, size_t to, int position) {
     case Element::f16: return each(first<uint16_t>(from, position), first<uint16_t>(to, position));
     case Element::int8: break;
   }
-  scales_.get()[to * positions_ + position] = scales_.get()[from * positions_ + position];
+  const float* scales = first_scale(from, position);
+  float* own = first_scale(to, position);
+  for (int group = 0; group < groups_; ++group) own[group * step_] = scales[group * step_];
   each(first<int8_t>(from, position), first<int8_t>(to, position));
 }
 

@@ -9,11 +9,11 @@
 namespace gateskip {
 
 // Elements of one head's positions lie as `Queries` says: keys in blocks of `step` positions, values with a step of 1.
-// In 8 bits each position has a scale of its own, its largest element's 127th part.
+// In 8 bits, `group` channels of a position have a scale of their own, their largest element's 127th part.
 class Cache {
  public:
   Cache() = default;
-  Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step);
+  Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step, int group);
 
   void write(size_t head, int position, const float* values);
   void copy(size_t from, size_t to, int position);  // one head's position to another's
@@ -23,7 +23,7 @@ class Cache {
     return data_.get() + (head * positions_ + position) * head_dim_ * size_;
   }
   const float* scales(size_t head, int position) const {
-    return scales_ ? scales_.get() + head * positions_ + position : nullptr;
+    return scales_ ? scales_.get() + (head * positions_ + position) * groups_ : nullptr;
   }
 
  private:
@@ -33,10 +33,15 @@ class Cache {
     return reinterpret_cast<T*>(data_.get()) + head * positions_ * head_dim_ + in_block;
   }
 
+  // Of the position's first group; the next is `step` further.
+  float* first_scale(size_t head, int position) const {
+    return scales_.get() + (head * positions_ + position / step_ * step_) * groups_ + position % step_;
+  }
+
   const Kernels* kernels_ = nullptr;
   Element element_ = Element::f16;
   size_t positions_ = 0, head_dim_ = 0, size_ = 0;
-  int step_ = 1;
+  int step_ = 1, group_ = 0, groups_ = 0;
   std::unique_ptr<uint8_t, void (*)(void*)> data_{nullptr, std::free};  // zeros: pages come when they are written
   std::unique_ptr<float, void (*)(void*)> scales_{nullptr, std::free};
 };

@@ -30,6 +30,7 @@ constexpr int kSpan = 64;        // activations that share a scale
 constexpr int kCoarser = 256;    // steps of `fine` in one of `q`
 constexpr int kMost = 127;       // of `q`
 constexpr int kMostFine = kMost * kCoarser + 127;
+constexpr int kKeyGroup = 32;    // channels of a head's keys of 8 bits that share a scale
 constexpr int kMostQueries = 4;  // that one call of `attend` takes
 constexpr int kRun = 256;        // positions that it takes; a multiple of kMostLanes
 constexpr int kMostLanes = 16;   // of all kernels
@@ -77,16 +78,17 @@ struct Product {
 };
 
 // Queries that read the same keys and values, those of a run of positions. Keys lie in blocks of `lanes` positions,
-// [block][head_dim][lanes]; values lie by position, [position][head_dim]. Elements of 8 bits are times their position's
-// scale. What a query gets from a run is a part of its softmax: `top`, the largest score; `sum`, of the weights
-// e^(score - top); and the sum of the values times these. Parts of any runs are merged as in FlashDecoding.
+// [block][head_dim][lanes]; values lie by position, [position][head_dim]. Elements of 8 bits are times scales: of
+// keys, [block][group of kKeyGroup channels][lanes]; of values, by position. What a query gets from a run is a part of its
+// softmax: `top`, the largest score; `sum`, of the weights e^(score - top); and the sum of the values times these. Parts of
+// any runs are merged as in FlashDecoding.
 struct Queries {
   int count;                               // 1..kMostQueries
   const float* query[kMostQueries];        // already scaled
   float* part[kMostQueries];               // head_dim values, top, sum
   int begin[kMostQueries], end[kMostQueries];  // positions of the run that the query sees, at least one
   const void *keys, *values;               // of the run's first position
-  const float *key_scales, *value_scales;  // by position; or none
+  const float *key_scales, *value_scales;  // of the run's first position; or none
   int head_dim;
 
   static int part_size(int head_dim) { return head_dim + 2; }

@@ -528,6 +528,8 @@ inline F<V> element(const int8_t* at) {
 template <class E>
 constexpr bool scaled = sizeof(E) == 1;
 
+inline int key_groups(int head_dim) { return (head_dim + kKeyGroup - 1) / kKeyGroup; }
+
 // Vectors that Q queries share, so that 8 to 12 sums are under way and stay in registers.
 template <int Q>
 constexpr int together = Q == 3 ? 4 : 8 / Q;
@@ -546,18 +548,29 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
   F<V> sums[B][Q] = {};
   const float* query[Q];
   for (int i = 0; i < Q; ++i) query[i] = to.query[first + i];
-  for (int d = 0, width = to.head_dim; d < width; ++d)
-    for (int b = 0; b < B; ++b) {
-      const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
-      for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(V::set(query[i][d]), k, sums[b][i]);
+  const int width = to.head_dim;
+  const auto add = [&](int begin, int end, F<V> (&to)[B][Q]) {
+    for (int d = begin; d < end; ++d)
+      for (int b = 0; b < B; ++b) {
+        const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
+        for (int i = 0; i < Q; ++i) to[b][i] = V::fma(V::set(query[i][d]), k, to[b][i]);
+      }
+  };
+  if constexpr (scaled<E>) {
+    const int groups = key_groups(width);
+    for (int group = 0; group < groups; ++group) {
+      F<V> parts[B][Q] = {};
+      add(group * kKeyGroup, group + 1 < groups ? (group + 1) * kKeyGroup : width, parts);
+      for (int b = 0; b < B; ++b) {
+        const F<V> scale = V::load(to.key_scales + (size_t(block + b) * groups + group) * V::lanes);
+        for (int i = 0; i < Q; ++i) sums[b][i] = V::fma(parts[b][i], scale, sums[b][i]);
+      }
     }
-  for (int b = 0; b < B; ++b) {
-    const size_t position = size_t(block + b) * V::lanes;
-    for (int i = 0; i < Q; ++i) {
-      if constexpr (scaled<E>) sums[b][i] = sums[b][i] * V::load(to.key_scales + position);
-      V::store(scores[i] + position, sums[b][i]);
-    }
+  } else {
+    add(0, width, sums);
   }
+  for (int b = 0; b < B; ++b)
+    for (int i = 0; i < Q; ++i) V::store(scores[i] + size_t(block + b) * V::lanes, sums[b][i]);
 }
 
 // The scores [begin, end) to weights; the rest of the vectors that they lie in becomes 0.

@@ -77,8 +77,8 @@ void Model::prepare() {
   best_.resize(size_t(team_.size()) * kLogits);
   keep_.resize(2 * layers.size() * window);
   const size_t heads = shape.rows * kept_heads_;
-  keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes);
-  values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1);
+  keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes, kKeyGroup);
+  values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1, shape.head_dim);
   for (Lists& lists : lists_) {
     for (std::vector<int>* list : {&lists.own, &lists.all, &lists.kept, &lists.skipped}) list->reserve(window);
     lists.queries.reserve(kernels.prompts ? size_t(window) * most : 0);
