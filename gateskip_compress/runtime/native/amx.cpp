@@ -31,7 +31,7 @@ namespace {
 using V = Avx512;
 
 constexpr int kTile = 16;                   // tokens of a tile
-constexpr int kFewest = 3;                  // that tiles are worth it for
+constexpr int kFewest = 5;                  // that tiles are worth it for
 constexpr int kWeights = kSpan * V::lanes;  // bytes of a tile
 
 struct Rooms {
@@ -153,7 +153,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
     const int end = std::min(column + m.group, m.columns);
     for (; column < end; column += kChunk, at += C::bytes, to += kWeights / 2) {
       typename V::Codes codes[8];
-      C::load(at, codes);
+      for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
       for (int i = 0; i < 8; ++i) _mm512_store_si512(to + 4 * V::lanes * i, codes[i]);
     }
   }
@@ -196,7 +196,6 @@ void multiply_some(const Product* products, int number, const Activations& a, co
     return a.fine ? multiply_tiles<true, T>(products, number, a, tokens, count)
                   : multiply_tiles<false, T>(products, number, a, tokens, count);
   };
-  if (count <= 4) return times(std::integral_constant<int, 4>());
   if (count <= 8) return times(std::integral_constant<int, 8>());
   return times(std::integral_constant<int, kTile>());
 }

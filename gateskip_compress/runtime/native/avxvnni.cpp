@@ -19,14 +19,10 @@ namespace gateskip {
 namespace {
 
 struct AvxVnni : Avx2 {
-  struct Sum4 {
-    __m256i sum;
-    Sum4() : sum(_mm256_setzero_si256()) {}
-    void add(__m256i w, __m256i q) { sum = in_order(_mm256_dpbusd_avx_epi32(sum, w, q)); }
-    void widen() {}
-    F value() const { return _mm256_cvtepi32_ps(sum); }
-  };
-  using Sum8 = Sum4;
+  static constexpr bool direct = true;
+  static I add_dots(I sum, __m256i w, const int8_t* q) {
+    return (I)in_order(_mm256_dpbusd_avx_epi32((__m256i)sum, w, quad(q)));
+  }
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
   static constexpr bool paired = false;

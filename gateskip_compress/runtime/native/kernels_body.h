@@ -1,12 +1,12 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
 // V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes of
-// them), bytes and signed_bytes (lanes of them as floats); Codes, 4 codes for each lane, with load, low, high and quad
-// (the same 4 activations in all lanes); put_bytes and put_f16, which store codes and floats as these; sum and most, of
-// integers; codes8, codes of 8 bits less `middle8`; Sum4 and Sum8, which add up codes times activations and are widened
-// after each chunk. Where `paired` is true, 16-bit activations are multiplied as they are, not as two of 8: pairs4 and
-// pairs8 give codes two by two, put_crossed stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all
-// lanes, add_products a sum and their products, and whole floats of integers.
+// them), bytes and signed_bytes (lanes of them as floats), whole (floats of integers); Codes, 4 codes for each lane, with
+// load, low and high; put_bytes and put_f16, which store codes and floats as these; sum and most, of integers; codes8,
+// codes of 8 bits less `middle8`. Where `direct` is true, add_dots adds codes times the same 4 activations to a sum;
+// elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
+// 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
+// stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all lanes, add_products a sum and their products.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -70,15 +70,12 @@ struct Coded;
 
 template <class V>
 struct Coded<V, Kind::int4> {
-  using Sum = typename V::Sum4;
   static constexpr int bytes = kChunk / 2 * V::lanes, columns = 8;  // columns in a vector
   static constexpr float middle = 0;
-  static void load(const uint8_t* at, typename V::Codes (&codes)[8]) {
-    for (int i = 0; i < 8; i += 2) {
-      const auto both = V::codes(at + 2 * i * V::lanes);
-      codes[i] = V::low(both);
-      codes[i + 1] = V::high(both);
-    }
+  static void load(const uint8_t* at, int pair, typename V::Codes* codes) {
+    const auto both = V::codes(at + 4 * pair * V::lanes);
+    codes[0] = V::low(both);
+    codes[1] = V::high(both);
   }
   template <int i>
   static typename V::I pairs(const uint8_t* at) {
@@ -88,11 +85,11 @@ struct Coded<V, Kind::int4> {
 
 template <class V>
 struct Coded<V, Kind::int8> {
-  using Sum = typename V::Sum8;
   static constexpr int bytes = kChunk * V::lanes, columns = 4;
   static constexpr float middle = V::middle8;
-  static void load(const uint8_t* at, typename V::Codes (&codes)[8]) {
-    for (int i = 0; i < 8; ++i) codes[i] = V::codes8(at + 4 * i * V::lanes);
+  static void load(const uint8_t* at, int pair, typename V::Codes* codes) {
+    codes[0] = V::codes8(at + 8 * pair * V::lanes);
+    codes[1] = V::codes8(at + (8 * pair + 4) * V::lanes);
   }
   template <int i>
   static typename V::I pairs(const uint8_t* at) {
@@ -106,9 +103,9 @@ inline const uint8_t* later(const uint8_t* at) {
   return at;
 }
 
-// The codes of S chunks times those of T tokens, for every row of the block: whole numbers. Either a chunk's codes stay in
-// registers while the tokens pass, or, for 16-bit activations as they are and one chunk, the tokens' sums while the codes
-// pass.
+// The codes of S chunks times those of T tokens, for every row of the block: whole numbers. The tokens' sums stay in registers
+// while the codes pass: where the processor adds to them directly, and, for 16-bit activations as they are, of one chunk. Or
+// a chunk's codes do while the tokens pass.
 template <class V, Kind K, int T, bool fine, int S>
 inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const Activations& a,
                                                       const size_t (&places)[T], F<V> (&dots)[T]) {
@@ -126,11 +123,36 @@ inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const A
       });
     });
     unrolled<T>([&](auto t) { dots[t] = V::whole(sum[t]); });
+  } else if constexpr (V::direct) {
+    constexpr int A = T <= 2 ? 2 : 1;  // sums of a token, as each addition takes several cycles
+    typename V::I sum[A * T], rest[A * T];
+    const int8_t *q[T], *fines[T];
+    unrolled<A * T>([&](auto i) { sum[i] = rest[i] = typename V::I{}; });
+    unrolled<T>([&](auto t) {
+      q[t] = a.q + places[t] * kChunk;
+      if constexpr (fine) fines[t] = a.fine + places[t] * kChunk;
+    });
+    unrolled<S * 4>([&](auto pair) {
+      typename V::Codes codes[2];
+      C::load(at, pair, codes);
+      unrolled<2>([&](auto c) {
+        unrolled<T>([&](auto t) {
+          constexpr int own = A * t + c % A, four = 8 * pair + 4 * c;
+          sum[own] = V::add_dots(sum[own], codes[c], q[t] + four);
+          if constexpr (fine) rest[own] = V::add_dots(rest[own], codes[c], fines[t] + four);
+        });
+      });
+    });
+    unrolled<T>([&](auto t) {
+      const auto whole = [&](const auto& of) { return V::whole(A == 2 ? of[A * t] + of[A * t + A - 1] : of[t]); };
+      dots[t] = whole(sum);
+      if constexpr (fine) dots[t] = V::fma(dots[t], V::set(kCoarser), whole(rest));
+    });
   } else {
-    typename C::Sum sum[T], rest[T];
+    std::conditional_t<K == Kind::int4, typename V::Sum4, typename V::Sum8> sum[T], rest[T];
     unrolled<S>([&](auto chunk) {
       typename V::Codes codes[8];
-      C::load(at, codes);
+      for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
       at = later(at + C::bytes);
       unrolled<T>([&](auto t) {
         const size_t place = (places[t] + chunk) * kChunk;

@@ -71,6 +71,7 @@ struct Portable {
   static Shorts even(Codes w) { return (Shorts)(w & 0x00ff00ff); }
   static Shorts odd(Codes w) { return even(w >> 8); }
   static I halves(Shorts s) { return ((I)s << 16 >> 16) + ((I)s >> 16); }
+  static constexpr bool direct = false;
   // 16-bit sums, which 8 times 2 products of 15 * 128 fit.
   struct Sum4 {
     I sum = {};

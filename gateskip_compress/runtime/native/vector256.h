@@ -65,6 +65,7 @@ struct Avx2 {
     asm("" : "+x"(sum));
     return sum;
   }
+  static constexpr bool direct = false;
   // 16-bit sums: 8 products of two columns are at most 8 * 2 * 15 * 127 = 30480.
   struct Sum4 {
     __m256i sum, narrow;

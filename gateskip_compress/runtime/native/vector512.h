@@ -41,22 +41,22 @@ struct Avx512 {
   }
 
   using Codes = __m512i;
-  static Codes codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Codes codes(const uint8_t* p) {
+    __m512i both = _mm512_loadu_si512(p);
+    asm("" : "+v"(both));  // GCC would read it twice
+    return both;
+  }
   static __m512i low(__m512i c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
   static __m512i high(__m512i c) { return low(_mm512_srli_epi16(c, 4)); }
-  static __m512i quad(const int8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
+  static constexpr bool direct = true;
+  static I add_dots(I sum, __m512i w, const int8_t* q) {
+    struct Quad {
+      int8_t of[4];
+    };
+    // GCC would not take them from memory
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Quad*>(q)));
+    return sum;
   }
-  struct Sum4 {
-    __m512i sum;
-    Sum4() : sum(_mm512_setzero_si512()) {}
-    void add(__m512i w, __m512i q) { sum = _mm512_dpbusd_epi32(sum, w, q); }
-    void widen() {}
-    F value() const { return _mm512_cvtepi32_ps(sum); }
-  };
-  using Sum8 = Sum4;
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
   static constexpr bool paired = false;
