@@ -63,7 +63,9 @@ inline F<V> exponential(F<V> x) {
 
 // ---- products
 
-constexpr int kAhead = 2048;  // bytes that are fetched early: the processor's own guesses start anew on each page
+// Bytes of a block that are fetched early: the processor's own guesses start anew on each page.
+template <class V>
+constexpr int kAhead = 256 * V::lanes;
 
 template <class V, Kind K>
 struct Coded;
@@ -186,7 +188,7 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
     unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
     const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
     const auto take = [&](auto S) {
-      for (int ahead = 0; ahead < S * C::bytes; ahead += 64) __builtin_prefetch(at + kAhead + ahead);
+      for (int ahead = 0; ahead < S * C::bytes; ahead += 64) __builtin_prefetch(at + kAhead<V> + ahead);
       F<V> dots[T];
       chunk_dots<V, K, T, fine, S>(at, a, places, dots);
       unrolled<T>([&](auto t) {
