@@ -304,13 +304,14 @@ template <class E>
 void widen_keys(const PromptQueries& of, int run, int end, uint8_t* to) {
   const int d = of.head_dim;
   const E* keys = static_cast<const E*>(of.keys) + size_t(run) * kRun * d;
+  const float* scales = scaled<E> ? of.key_scales + size_t(run) * kRun * key_groups(d) : nullptr;
   for (int block = 0; block < padded(end, 32) / V::lanes; ++block) {
     const int own = block * V::lanes < end ? d : 0;
     for (int from = 0; from < d; from += kKeyGroup, to += 2 * kBytes) {
       F<V> scale = V::set(1);
       if constexpr (scaled<E>)
         if (own)
-          scale = V::load(of.key_scales + (size_t(run) * kRun + block * V::lanes) * key_groups(d) + from / kKeyGroup * V::lanes);
+          scale = V::load(scales + (block * key_groups(d) + from / kKeyGroup) * V::lanes);
       const auto channel = [&](int i) {
         return from + i < own ? element<V>(keys + (size_t(block) * d + from + i) * V::lanes) * scale : V::set(0);
       };

@@ -6,8 +6,7 @@
 
 namespace gateskip {
 
-Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step,
-             int group)
+Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step, int group)
     : kernels_(&kernels),
       element_(element),
       positions_(padded(context, kMostLanes)),
@@ -17,8 +16,9 @@ Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context,
       group_(group),
       groups_((head_dim + group - 1) / group) {
   data_.reset(static_cast<uint8_t*>(std::calloc(heads * positions_ * head_dim_, size_)));
-  if (element == Element::int8) scales_.reset(static_cast<float*>(std::calloc(heads * positions_ * groups_, sizeof(float))));
-  if (!data_ || (element == Element::int8 && !scales_)) throw std::bad_alloc();
+  const size_t scales = element == Element::int8 ? heads * positions_ * groups_ : 0;
+  if (scales) scales_.reset(static_cast<float*>(std::calloc(scales, sizeof(float))));
+  if (!data_ || (scales && !scales_)) throw std::bad_alloc();
 }
 
 void Cache::write(size_t head, int position, const float* values) {

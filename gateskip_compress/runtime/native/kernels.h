@@ -79,9 +79,9 @@ struct Product {
 
 // Queries that read the same keys and values, those of a run of positions. Keys lie in blocks of `lanes` positions,
 // [block][head_dim][lanes]; values lie by position, [position][head_dim]. Elements of 8 bits are times scales: of
-// keys, [block][group of kKeyGroup channels][lanes]; of values, by position. What a query gets from a run is a part of its
-// softmax: `top`, the largest score; `sum`, of the weights e^(score - top); and the sum of the values times these. Parts of
-// any runs are merged as in FlashDecoding.
+// keys, [block][group of kKeyGroup channels][lanes]; of values, by position. What a query gets from a run is a part of
+// its softmax: `top`, the largest score; `sum`, of the weights e^(score - top); and the sum of the values times these.
+// Parts of any runs are merged as in FlashDecoding.
 struct Queries {
   int count;                               // 1..kMostQueries
   const float* query[kMostQueries];        // already scaled

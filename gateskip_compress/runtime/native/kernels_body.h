@@ -6,7 +6,7 @@
 // codes of 8 bits less `middle8`. Where `direct` is true, add_dots adds codes times the same 4 activations to a sum;
 // elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
 // 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
-// stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all lanes, add_products a sum and their products.
+// stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all lanes, add_products adds their products.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -105,9 +105,9 @@ inline const uint8_t* later(const uint8_t* at) {
   return at;
 }
 
-// The codes of S chunks times those of T tokens, for every row of the block: whole numbers. The tokens' sums stay in registers
-// while the codes pass: where the processor adds to them directly, and, for 16-bit activations as they are, of one chunk. Or
-// a chunk's codes do while the tokens pass.
+// The codes of S chunks times those of T tokens, for every row of the block: whole numbers. Where the processor adds to sums
+// directly, and for 16-bit activations as they are, of one chunk, the tokens' sums stay in registers while the codes pass;
+// elsewhere a chunk's codes do while the tokens pass.
 template <class V, Kind K, int T, bool fine, int S>
 inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const Activations& a,
                                                       const size_t (&places)[T], F<V> (&dots)[T]) {
@@ -573,11 +573,11 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
   const float* query[Q];
   for (int i = 0; i < Q; ++i) query[i] = to.query[first + i];
   const int width = to.head_dim;
-  const auto add = [&](int begin, int end, F<V> (&to)[B][Q]) {
+  const auto add = [&](int begin, int end, F<V> (&own)[B][Q]) {
     for (int d = begin; d < end; ++d)
       for (int b = 0; b < B; ++b) {
         const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
-        for (int i = 0; i < Q; ++i) to[b][i] = V::fma(V::set(query[i][d]), k, to[b][i]);
+        for (int i = 0; i < Q; ++i) own[b][i] = V::fma(V::set(query[i][d]), k, own[b][i]);
       }
   };
   if constexpr (scaled<E>) {
