@@ -153,7 +153,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
     const int end = std::min(column + m.group, m.columns);
     for (; column < end; column += kChunk, at += C::bytes, to += kWeights / 2) {
       typename V::Codes codes[8];
-      for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
+      load_chunk<C>(at, codes);
       for (int i = 0; i < 8; ++i) _mm512_store_si512(to + 4 * V::lanes * i, codes[i]);
     }
   }

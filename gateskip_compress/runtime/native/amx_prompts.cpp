@@ -206,7 +206,7 @@ void spread(const Matrix& m, int block, uint8_t* to) {
     at += 5 * V::lanes;
     for (const int end = std::min(column + m.group, m.columns); column < end; column += kChunk, at += C::bytes) {
       typename V::Codes codes[8];
-      for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
+      load_chunk<C>(at, codes);
       for (int i = 0; i < 8; ++i, to += 4 * V::lanes) _mm512_store_si512(to, _mm512_sub_epi8(codes[i], zero));
     }
   }

@@ -99,6 +99,11 @@ struct Coded<V, Kind::int8> {
   }
 };
 
+template <class C, class Codes>
+inline void load_chunk(const uint8_t* at, Codes (&codes)[8]) {
+  for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
+}
+
 // Compilers do not read ahead of here, into registers that they lack.
 inline const uint8_t* later(const uint8_t* at) {
   asm("" : "+r"(at));
@@ -154,7 +159,7 @@ inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const A
     std::conditional_t<K == Kind::int4, typename V::Sum4, typename V::Sum8> sum[T], rest[T];
     unrolled<S>([&](auto chunk) {
       typename V::Codes codes[8];
-      for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
+      load_chunk<C>(at, codes);
       at = later(at + C::bytes);
       unrolled<T>([&](auto t) {
         const size_t place = (places[t] + chunk) * kChunk;
