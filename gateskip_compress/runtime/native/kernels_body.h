@@ -309,7 +309,7 @@ void multiply_codes(const Matrix& m, int begin, int end, const Activations& a, c
     for (; t + 4 <= count; t += 4) block_times<V, K, fine, 4>(m, block, a, tokens + t, out);
     switch (count - t) {
       case 3:
-        if constexpr (K == Kind::int4) {  // as four, the last one twice: GCC does badly at three
+        if constexpr (K == Kind::int4 && !V::direct) {  // as four, the last one twice: GCC does badly at three
           const int four[] = {tokens[t], tokens[t + 1], tokens[t + 2], tokens[t + 2]};
           block_times<V, K, fine, 4, 3>(m, block, a, four, out);
         } else {
