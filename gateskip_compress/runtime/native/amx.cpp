@@ -134,8 +134,8 @@ struct Place {
 
   // The span's codes, behind what a group begins with.
   const uint8_t* codes() const { return left ? at : at + 5 * V::lanes; }
-  bool ends_group() const { return left == 1 || per_group == 1 || span == in.spans - 1; }
   bool ends_tile() const { return span == in.spans - 1; }
+  bool ends_group() const { return left == 1 || ends_tile(); }  // of several spans
 
   void go_on() {
     at = codes() + 2 * Coded<V, K>::bytes, left = (left ? left : per_group) - 1, ++input;
