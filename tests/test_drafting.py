@@ -216,7 +216,7 @@ def simulate(chance_of, cost=0.6, per_token=0.1, jump=0.3, steps=2000, drafters=
         chance = chance_of(count)
         if drafter.budget is None:
             k = control.look_up_length(3, 6)[0]
-            evidence, draft_s = [looked_up(3, i) for i in range(k)], 0.0
+            evidence, draft_s = [looked_up(3 + i) for i in range(k)], 0.0
         else:
             k, likely = 1, control.odds.of(sure(drafter.budget, 0.9))
             while k < 6 and control.goes_on(drafter, likely**k):
@@ -271,10 +271,10 @@ def test_the_better_of_several_budgets_is_found():
 
 
 def test_idle_is_how_long_nobody_drafts():
-    """Simulated a plain step at a time: while some tokens are idle, no drafter is chosen."""
+    """Simulated a plain step at a time: while some tokens are idle, no gates are chosen."""
     control, waited = Control([Drafter(None), Drafter(0.7), Drafter(0.5)], 4), 0
     for _ in range(600):
-        promised, drafter = control.idle, control.choose(3 if control.looks else 0)
+        promised, drafter = control.idle, control.choose(0)
         assert drafter is None or promised < 1
         waited = max(waited, promised)
         if drafter is None:

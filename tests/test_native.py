@@ -319,7 +319,7 @@ def test_where_nobody_drafts_steps_go_together(small, session, monkeypatch):
     expected = session.generate(ids, **settings)
     steps.clear()
     monkeypatch.setattr(small, "speculation_controls", {}, raising=False)
-    speculating = dict(speculate=True, draft_budget=0.5, draft_tokens=3)
+    speculating = dict(speculate=True, draft_budget=0.5, draft_tokens=3, drafts="gates")
     counts = Acceptance()
     assert torch.equal(session.generate(ids, **settings, **speculating, acceptance=counts), expected)
     assert max(steps) == 5

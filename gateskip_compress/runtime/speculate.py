@@ -45,7 +45,7 @@ class Speculator:
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """Guess, verify, and let each text grow by what stands."""
-        if not texts[0].wants_logits and (idle := self.control.idle) > 1:
+        if not texts[0].wants_logits and not self.control.looks and (idle := self.control.idle) > 1:
             return self._plainly(texts, idle)
         clock, room = Clock(), min(text.room for text in texts)
         most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
