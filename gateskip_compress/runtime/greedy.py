@@ -8,7 +8,7 @@ from ..speculation.control import Clock
 from .lowered import Lowered
 from .texts import Ends, Text, lasts
 
-_CALL_S = 0.05
+CALL_S = 0.05
 """Of steps in one call: streamed text still flows, and Ctrl-C is heard."""
 
 
@@ -24,13 +24,13 @@ class Greedy:
     """
 
     def __init__(self, session: Lowered, ends: Ends) -> None:
-        self.session, self.step_s = session, _CALL_S
+        self.session, self.step_s = session, CALL_S
         self.ends = np.array(sorted(ends.tokens), dtype=np.int32)
 
     @property
     def together(self) -> int:
         """Steps that go into one call."""
-        return max(1, int(_CALL_S / self.step_s))
+        return max(1, int(CALL_S / self.step_s))
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """One call."""

@@ -34,6 +34,25 @@ class Step:
     shares: Float[np.ndarray, " w"] | None
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What passes over a text's last token and what was guessed behind it gave, one after the other.
+
+    Args:
+        tokens: That came: of each pass those guessed that stand, and one more.
+        found: Of the text's last tokens before each pass, how many stood there before.
+        guessed: In each pass.
+        stood: Of these.
+        seconds: Of each pass, with what led to it.
+    """
+
+    tokens: Int[np.ndarray, " t"]
+    found: Int[np.ndarray, " p"]
+    guessed: Int[np.ndarray, " p"]
+    stood: Int[np.ndarray, " p"]
+    seconds: Float[np.ndarray, " p"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lowered(ABC):
     """A lowered model and its cache. It runs at the budget that its dial is set to.
@@ -182,6 +201,31 @@ class Lowered(ABC):
             ends: Tokens after which no more steps are made, whichever row they stand in.
         """
         return self.native.follow(ids.astype(np.int32), rows, positions, self._thresholds(None), steps, ends)
+
+    def speculate(
+        self,
+        text: Int[np.ndarray, " t"],
+        row: int,
+        guesses: Int[np.ndarray, " f"],
+        most: int,
+        seconds: float,
+        ends: Int[np.ndarray, " e"],
+    ) -> Passes:
+        """Decode greedily in one call, verifying what followed when the text's last tokens stood there before.
+
+        Args:
+            text: One token at least; the cache holds the others.
+            row: Of the cache.
+            guesses: How many tokens to guess where 0, 1, .. of the last tokens were found again.
+            most: Tokens to come, at most.
+            seconds: After which no pass begins.
+            ends: Tokens after which none begins either.
+        """
+        thresholds = self._thresholds(None)
+        tokens, passes, took = self.native.speculate(
+            text.astype(np.int32), row, thresholds, guesses, most, seconds, ends
+        )
+        return Passes(tokens, *passes.T, took)
 
     def _thresholds(self, draft: float | None) -> Float[np.ndarray, " n"] | None:
         """Of the dial as it is set, or of the one for drafting at a budget."""

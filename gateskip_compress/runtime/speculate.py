@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..speculation.acceptance import Acceptance
-from ..speculation.control import Clock, Control, Drafter, sure, take_in
-from ..speculation.lookup import look_up, worth_taking
+from ..speculation.control import Clock, Control, Drafter, looked_up, sure, take_in
+from ..speculation.lookup import LONGEST, look_up, worth_taking
 from .extension import extension
-from .greedy import Greedy
+from .greedy import CALL_S, Greedy
 from .lowered import Step
 from .texts import Text, choice, lasts
 
@@ -45,8 +45,11 @@ class Speculator:
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """Guess, verify, and let each text grow by what stands."""
-        if not texts[0].wants_logits and not self.control.looks and (idle := self.control.idle) > 1:
+        looks, idle = self.control.looks, 0 if texts[0].wants_logits else self.control.idle
+        if idle > 1 and not looks:
             return self._plainly(texts, idle)
+        if idle > 1 and len(texts) == 1:
+            return [self._look_ahead(texts[0], idle)]
         clock, room = Clock(), min(text.room for text in texts)
         most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
         drafter, evidence = self._guess(texts, most)
@@ -73,6 +76,20 @@ class Speculator:
         self.counts.plain_steps += sum(made)
         self.counts.plain_s += self.greedy.step_s * made[0]
         return made
+
+    def _look_ahead(self, text: Text, idle: int) -> int:
+        """Passages and plain steps, some to a call: no gates may draft for so many tokens."""
+        guesses = np.array(self.control.look_up_lengths(LONGEST), dtype=np.int32)
+        most, ends = min(idle, text.room), self.greedy.ends
+        passes = self.session.speculate(text.ids[text.padding : text.length], text.row, guesses, most, CALL_S, ends)
+        looking = next(drafter for drafter in self.control.drafters if drafter.budget is None)
+        told = zip(*(array.tolist() for array in (passes.found, passes.guessed, passes.stood, passes.seconds)), strict=True)
+        for found, guessed, stood, pass_s in told:
+            evidence: list[Hashable] = [looked_up(found + place) for place in range(guessed)]
+            drafter = looking if guessed else None
+            take_in(self.control, self.counts, drafter, [evidence], [stood], 0.0, pass_s)
+        text.append(passes.tokens.tolist())
+        return len(passes.tokens)
 
     def _guess(self, texts: Sequence[Text], most: int) -> Guesses:
         """By whom the control chooses."""

@@ -238,6 +238,11 @@ class Control:
             best = max(best, (k, tokens * self.plain_s / self.verify.of(k, self.plain_s)), key=lambda pair: pair[1])
         return best
 
+    def look_up_lengths(self, longest: int) -> list[int]:
+        """How many tokens of a passage to take, where from 0 to `longest` tokens were found again."""
+        lengths = (self.look_up_length(found, self.most_tokens) for found in range(1, longest + 1))
+        return [0, *(count if gain > 1 else 0 for count, gain in lengths)]
+
     def goes_on(self, drafter: Drafter, chance: float) -> bool:
         """Whether another token by the gates is worth its cost, after tokens that all stand with a chance."""
         if not self.adapt:

@@ -7,10 +7,12 @@
 #include <chrono>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <string>
 
 #include "model.h"
 #include "pack.h"
+#include "passages.h"
 
 namespace py = pybind11;
 
@@ -412,6 +414,57 @@ struct HeldModel {
     return out;
   }
 
+  // Decodes a row whose text, all but its last token, is in the cache. Where n of the text's last tokens are found again,
+  // it guesses that `guesses[n]` of what followed them follow here too, and verifies these in the same pass. It goes on
+  // until `most` tokens came, time is up, or one of `ends` came. Returns the tokens; how many each pass found, guessed,
+  // and kept of these; and each one's seconds.
+  py::tuple speculate(Ints text, int row, std::optional<Floats> thresholds, Ints guesses, int most, double seconds,
+                      Ints ends) {
+    const int longest = static_cast<int>(guesses.size()) - 1, past = static_cast<int>(text.size()) + most;
+    check(text.size() >= 1 && longest >= 0, "there is no text, or no number of guesses");
+    within(text, model.shape.vocabulary, "token id");
+    within(guesses, model.window, "a number of guesses");
+    check(row >= 0 && row < model.shape.rows, "there is no row " + std::to_string(row));
+    check(most >= 1 && past - 1 <= model.shape.context, "steps do not fit into the cache");
+    const int window = 1 + *std::max_element(guesses.data(), guesses.data() + guesses.size());
+    std::vector<int32_t> whole(text.data(), text.data() + text.size()), ids(window), rows(window, row), places(window),
+        want(window), best(window), passes;
+    std::vector<double> took;
+    whole.reserve(past), passes.reserve(3 * size_t(most)), took.reserve(most);
+    std::iota(want.begin(), want.end(), 0);
+    Call call;
+    turn(call, thresholds);
+    call.ids = ids.data(), call.rows = rows.data(), call.positions = places.data(), call.want = want.data();
+    call.best = best.data(), call.vocabulary = model.shape.vocabulary;
+    at_work([&] {
+      const auto now = [] { return std::chrono::steady_clock::now(); };
+      const auto between = [](auto from, auto to) { return std::chrono::duration<double>(to - from).count(); };
+      auto began = now(), last = began;
+      for (bool ended = false; !ended && static_cast<int>(whole.size()) < past && between(began, last) < seconds;) {
+        const int length = static_cast<int>(whole.size());
+        const Passage passage = look_up(whole, longest);
+        const int guessed = std::min(guesses.data()[passage.found], past - length - 1);
+        ids[0] = whole.back();
+        for (int i = 0; i < guessed; ++i) ids[i + 1] = whole[passage.next + i % (length - passage.next)];
+        std::iota(places.begin(), places.end(), length - 1);
+        call.count = call.wanted = guessed + 1;
+        model.run(call);
+        int stand = 0;
+        while (stand < guessed && best[stand] == ids[stand + 1]) ++stand;
+        whole.insert(whole.end(), best.begin(), best.begin() + stand + 1);
+        for (int i = 0; i <= stand; ++i) ended |= std::count(ends.data(), ends.data() + ends.size(), best[i]) > 0;
+        passes.insert(passes.end(), {passage.found, guessed, stand});
+        const auto before = last;
+        last = now();
+        took.push_back(between(before, last));
+      }
+    });
+    Ints tokens(py::ssize_t(whole.size()) - text.size()), told({py::ssize_t(took.size()), py::ssize_t(3)});
+    std::copy(whole.begin() + text.size(), whole.end(), tokens.mutable_data());
+    std::copy(passes.begin(), passes.end(), told.mutable_data());
+    return py::make_tuple(tokens, told, py::array_t<double>(py::ssize_t(took.size()), took.data()));
+  }
+
  private:
   static void within(const Ints& values, int end, const char* what) {
     for (py::ssize_t i = 0; i < values.size(); ++i)
@@ -429,11 +482,14 @@ struct HeldModel {
     within(rows, model.shape.rows, "row");
     within(positions, model.shape.context, "position");
     call.ids = ids.data(), call.rows = rows.data(), call.positions = positions.data();
-    if (thresholds) {
-      check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
-      call.thresholds = thresholds->data();
-    }
+    turn(call, thresholds);
     return call;
+  }
+
+  void turn(Call& call, const std::optional<Floats>& thresholds) {
+    if (!thresholds) return;
+    check(thresholds->size() == py::ssize_t(2 * model.layers.size()), "thresholds need two values a layer");
+    call.thresholds = thresholds->data();
   }
 
   template <class Work>
@@ -539,5 +595,6 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("window", [](const HeldModel& held) { return held.model.window; })  // of a prompt
       .def("finish", &HeldModel::finish)
       .def("run", &HeldModel::run)
-      .def("follow", &HeldModel::follow);
+      .def("follow", &HeldModel::follow)
+      .def("speculate", &HeldModel::speculate);
 }
