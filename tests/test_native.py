@@ -314,7 +314,7 @@ def test_where_nobody_drafts_steps_go_together(small, session, monkeypatch):
         return found
 
     monkeypatch.setattr(Lowered, "follow", followed)
-    monkeypatch.setattr(Control, "idle", property(lambda control: 5 if control._plain else 0))
+    monkeypatch.setattr(Control, "idle", property(lambda control: 5 if control.plain_steps else 0))
     ids, settings = tokens(2, 9), dict(max_new_tokens=33, do_sample=False)
     expected = session.generate(ids, **settings)
     steps.clear()

@@ -83,7 +83,9 @@ class Speculator:
         most, ends = min(idle, text.room), self.greedy.ends
         passes = self.session.speculate(text.ids[text.padding : text.length], text.row, guesses, most, CALL_S, ends)
         looking = next(drafter for drafter in self.control.drafters if drafter.budget is None)
-        told = zip(*(array.tolist() for array in (passes.found, passes.guessed, passes.stood, passes.seconds)), strict=True)
+        told = zip(
+            *(array.tolist() for array in (passes.found, passes.guessed, passes.stood, passes.seconds)), strict=True
+        )
         for found, guessed, stood, pass_s in told:
             evidence: list[Hashable] = [looked_up(found + place) for place in range(guessed)]
             drafter = looking if guessed else None

@@ -29,9 +29,11 @@ Drafts = Literal["both", "gates", "look-up"]
 _PATIENCE = 64
 """Tokens after which a plain step renews the yardstick."""
 _FIRST_LOSS, _LOSS = 0.5, 0.01
-_KEEP_ROUND, _KEEP_VERIFY, _KEEP_ODDS = 0.8, 0.97, 0.99
+_KEEP_ROUND, _KEEP_PASS, _KEEP_ODDS = 0.8, 0.97, 0.99
 """What a new observation leaves of the older ones' weight."""
 _TRIALS = 2
+_LITTLE = 1.05
+"""A gain that is expected of a passage, and is within the errors of what is expected."""
 NO_GATES = "no gates to draft with: passages of the text are looked up alone"
 DRAFT_TOKENS = 8
 """The longest draft, where nobody says otherwise."""
@@ -116,37 +118,40 @@ class Odds:
             counts[0], counts[1] = counts[0] + 1, counts[1] + (place < stands)
 
 
-class VerifyCost:
-    """Seconds of a verify pass by the number of drafted tokens.
+class PassCost:
+    """Seconds of a pass by the number of drafted tokens, 0 being a plain step.
 
-    They are what was seen of late, and where that is little, a straight line through all of it.
+    They are means of the same last passes for all numbers, as what is compared is to be alike where the machine's pace
+    changes. Where a number was seldom seen, a straight line through all helps out.
     """
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5
         self._seen: dict[int, list[float]] = {}
 
     def learn(self, drafted: int, seconds: float) -> None:
-        """One pass."""
-        new = (1.0, drafted, drafted * drafted, seconds, drafted * seconds)
-        self._sums = [_KEEP_VERIFY * old + x for old, x in zip(self._sums, new, strict=True)]
+        """One pass. The first is to be a plain step."""
         for sums in self._seen.values():
-            sums[:] = (_KEEP_VERIFY * x for x in sums)
+            sums[:] = (_KEEP_PASS * x for x in sums)
         sums = self._seen.setdefault(drafted, [0.0, 0.0])
         sums[0], sums[1] = sums[0] + 1, sums[1] + seconds
 
-    def of(self, drafted: int, plain_s: float) -> float:
-        """Seconds of a pass; the line counts as one that was seen."""
-        base, slope = self.line(plain_s)
-        count, seconds = self._seen.get(drafted, (0.0, 0.0))
-        return (seconds + base + slope * drafted) / (count + 1)
+    def upto(self, most: int) -> list[float]:
+        """Seconds of passes over 0 to `most` drafted tokens; the line counts as one that was seen."""
+        base, slope = self.line()
+        seen = (self._seen.get(drafted, (0.0, 0.0)) for drafted in range(most + 1))
+        return [(seconds + base + slope * drafted) / (count + 1) for drafted, (count, seconds) in enumerate(seen)]
 
-    def line(self, plain_s: float) -> tuple[float, float]:
-        """Base and slope. At first a pass over one drafted token is taken to cost 1.3 plain steps, over eight 2.9."""
-        guess = (0.2, 0.9, 6.5, 0.42 * plain_s, 2.45 * plain_s)  # a tenth of an observation of each
-        count, k, kk, t, kt = (seen + more for seen, more in zip(self._sums, guess, strict=True))
-        spread = count * kk - k * k
-        slope = max(0.0, (count * kt - k * t) / spread)
+    def line(self) -> tuple[float, float]:
+        """Base and slope. At first a pass over eight drafted tokens is taken to cost 3.1 plain steps."""
+        count, plain_s = self._seen[0]
+        # beside a tenth of an observation of each
+        sums = [0.2, 0.8, 6.4, 0.41 * plain_s / count, 2.48 * plain_s / count]
+        for k, (count, seconds) in self._seen.items():
+            sums = [
+                old + x for old, x in zip(sums, (count, k * count, k * k * count, seconds, k * seconds), strict=True)
+            ]
+        count, k, kk, t, kt = sums
+        slope = max(0.0, (count * kt - k * t) / (count * kk - k * k))
         return (t - slope * k) / count, slope
 
 
@@ -161,9 +166,9 @@ class Control:
 
     def __init__(self, drafters: list[Drafter], most_tokens: int, *, adapt: bool = True) -> None:
         self.drafters, self.most_tokens, self.adapt = drafters, most_tokens, adapt
-        self.odds, self.verify = Odds(), VerifyCost()
+        self.odds, self.costs = Odds(), PassCost()
         self.tokens = self.since_plain = 0.0
-        self._plain: deque[float] = deque(maxlen=15)
+        self.plain_steps = 0
 
     @classmethod
     def over(cls, drafts: Drafts, budgets: Sequence[float], most_tokens: int, *, adapt: bool) -> "Control":
@@ -174,7 +179,7 @@ class Control:
     @property
     def plain_s(self) -> float:
         """Seconds of a plain step."""
-        return median(self._plain)
+        return self.costs.upto(0)[0]
 
     @property
     def idle(self) -> int:
@@ -193,7 +198,7 @@ class Control:
     @property
     def _ready(self) -> bool:
         """Whether what a plain step costs is known, and was seen of late."""
-        return len(self._plain) >= _TRIALS and self.since_plain < _PATIENCE
+        return self.plain_steps >= _TRIALS and self.since_plain < _PATIENCE
 
     def choose(self, found: int) -> Drafter | None:
         """Who drafts next; None is nobody, a plain step.
@@ -210,7 +215,7 @@ class Control:
         best = max(filter(self._may, gates), key=lambda d: d.rate if d.known else float("inf"), default=None)
         if looking is not None:
             gain = self.look_up_length(found, self.most_tokens)[1]
-            if gain > 1 and (best is None or not best.known or gain >= best.rate):
+            if gain > _LITTLE and (best is None or not best.known or gain >= best.rate):
                 return looking
         return best
 
@@ -231,17 +236,14 @@ class Control:
         """How many tokens of a passage to take, and the tokens per plain step's time to be expected."""
         if not self.adapt:
             return most, 1.0
-        best, chance, tokens = (0, 0.0), 1.0, 1.0
-        for k in range(1, most + 1):
-            chance *= self.odds.of(looked_up(found + k - 1))
-            tokens += chance
-            best = max(best, (k, tokens * self.plain_s / self.verify.of(k, self.plain_s)), key=lambda pair: pair[1])
-        return best
+        chances = [self.odds.of(looked_up(found + place)) for place in range(most)]
+        return _best_length(chances, self.costs.upto(most))
 
     def look_up_lengths(self, longest: int) -> list[int]:
         """How many tokens of a passage to take, where from 0 to `longest` tokens were found again."""
-        lengths = (self.look_up_length(found, self.most_tokens) for found in range(1, longest + 1))
-        return [0, *(count if gain > 1 else 0 for count, gain in lengths)]
+        most = self.most_tokens
+        costs, chances = self.costs.upto(most), [self.odds.of(looked_up(found)) for found in range(longest + most)]
+        return [0, *(_best_length(chances[found:][:most], costs)[0] for found in range(1, longest + 1))]
 
     def goes_on(self, drafter: Drafter, chance: float) -> bool:
         """Whether another token by the gates is worth its cost, after tokens that all stand with a chance."""
@@ -249,13 +251,13 @@ class Control:
             return True
         if not drafter.step_s:  # the first draft is to show what one token costs
             return False
-        cost = (median(drafter.step_s) + self.verify.line(self.plain_s)[1]) / self.plain_s
+        cost = (median(drafter.step_s) + self.costs.line()[1]) / self.plain_s
         return chance * drafter.stood / drafter.tried > cost * max(1.0, drafter.rate)
 
     def plain(self, seconds: float, steps: int = 1) -> None:
         """Plain steps were made, that many together; `seconds` are one's."""
-        self._plain.append(seconds)
-        self.tokens, self.since_plain = self.tokens + steps, 0.0
+        self.costs.learn(0, seconds)
+        self.tokens, self.since_plain, self.plain_steps = self.tokens + steps, 0.0, self.plain_steps + steps
 
     def learn(
         self, drafter: Drafter, evidence: list[list[Hashable]], stands: list[int], draft_s: float, verify_s: float
@@ -275,16 +277,35 @@ class Control:
             self.odds.learn(row, stood)
             judged = min(stood + 1, len(row))
             drafter.tried, drafter.stood = 0.9 * drafter.tried + judged, 0.9 * drafter.stood + stood
-        self.verify.learn(drafted, verify_s)
         if drafter.budget is not None:
             drafter.step_s.append(draft_s / drafted)
-        if not self._plain:
+        if not self.plain_steps:
             return
+        self.costs.learn(drafted, verify_s)
         steps = (draft_s + verify_s) / self.plain_s
         drafter.rounds += 1
         drafter.debt = max(0.0, drafter.debt + steps - gained)
         drafter.tokens = _KEEP_ROUND * drafter.tokens + gained
         drafter.steps = _KEEP_ROUND * drafter.steps + steps
+
+
+def _best_length(chances: list[float], seconds: list[float]) -> tuple[int, float]:
+    """Of drafts whose tokens stand with these chances, each if those before it do: the length that gains most.
+
+    Args:
+        chances: Of up to k tokens.
+        seconds: Of passes over 0 to k.
+
+    Returns:
+        The length, and tokens per plain step's time; 0 and 1 where little is to be gained.
+    """
+    best, chance, tokens = (0, _LITTLE), 1.0, 1.0
+    for k, own in enumerate(chances, 1):
+        chance *= own
+        tokens += chance
+        if (gain := tokens * seconds[0] / seconds[k]) > best[1]:
+            best = k, gain
+    return best if best[0] else (0, 1.0)
 
 
 def draft_budgets(dial: Dial, own: Dial, given: float | None) -> list[float]:
