@@ -453,11 +453,21 @@ void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& to
 // exact rows are, the few largest are computed again from these, and those decide.
 int Model::largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const {
   int top[kRescored], count = 0;
-  for (int i = begin; i < end; ++i) {
-    if (count == kRescored && !(logits[i] > logits[top[count - 1]])) continue;
-    int place = count < kRescored ? count++ : count - 1;
-    for (; place > 0 && logits[i] > logits[top[place - 1]]; --place) top[place] = top[place - 1];
-    top[place] = i;
+  const int most = exact ? 1 : kRescored;
+  for (int i = begin; i < end;) {
+    const int next = std::min(i + kChunk, end);
+    if (count == most) {  // rarely is one of them among the largest
+      const float least = logits[top[count - 1]];
+      int any = 0;
+      for (int j = i; j < next; ++j) any |= logits[j] > least ? 1 : 0;
+      if (!any) i = next;
+    }
+    for (; i < next; ++i) {
+      if (count == most && !(logits[i] > logits[top[count - 1]])) continue;
+      int place = count < most ? count++ : count - 1;
+      for (; place > 0 && logits[i] > logits[top[place - 1]]; --place) top[place] = top[place - 1];
+      top[place] = i;
+    }
   }
   int best = count ? top[0] : -1;
   if (exact) return best;
