@@ -207,6 +207,7 @@ class Lowered(ABC):
         text: Int[np.ndarray, " t"],
         row: int,
         guesses: Int[np.ndarray, " f"],
+        plainly: bool,
         most: int,
         seconds: float,
         ends: Int[np.ndarray, " e"],
@@ -217,13 +218,14 @@ class Lowered(ABC):
             text: One token at least; the cache holds the others.
             row: Of the cache.
             guesses: How many tokens to guess where 0, 1, .. of the last tokens were found again.
+            plainly: Go on where that is none; else it ends there.
             most: Tokens to come, at most.
             seconds: After which no pass begins.
             ends: Tokens after which none begins either.
         """
         thresholds = self._thresholds(None)
         tokens, passes, took = self.native.speculate(
-            text.astype(np.int32), row, thresholds, guesses, most, seconds, ends
+            text.astype(np.int32), row, thresholds, guesses, plainly, most, seconds, ends
         )
         return Passes(tokens, *passes.T, took)
 

@@ -45,11 +45,12 @@ class Speculator:
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """Guess, verify, and let each text grow by what stands."""
-        looks, idle = self.control.looks, 0 if texts[0].wants_logits else self.control.idle
-        if idle > 1 and not looks:
-            return self._plainly(texts, idle)
-        if idle > 1 and len(texts) == 1:
-            return [self._look_ahead(texts[0], idle)]
+        if not texts[0].wants_logits and self.control.adapt:
+            if self.control.looks:
+                if len(texts) == 1 and (made := self._look_ahead(texts[0])):
+                    return [made]
+            elif (idle := self.control.idle) > 1:
+                return self._plainly(texts, idle)
         clock, room = Clock(), min(text.room for text in texts)
         most = min(self.control.most_tokens, room - 1, extension().WINDOW // len(texts) - 1)
         drafter, evidence = self._guess(texts, most)
@@ -77,11 +78,13 @@ class Speculator:
         self.counts.plain_s += self.greedy.step_s * made[0]
         return made
 
-    def _look_ahead(self, text: Text, idle: int) -> int:
-        """Passages and plain steps, some to a call: no gates may draft for so many tokens."""
+    def _look_ahead(self, text: Text) -> int:
+        """Passages, and plain steps while no gates may draft, some to a call; how many tokens came, none perhaps."""
         guesses = np.array(self.control.look_up_lengths(LONGEST), dtype=np.int32)
-        most, ends = min(idle, text.room), self.greedy.ends
-        passes = self.session.speculate(text.ids[text.padding : text.length], text.row, guesses, most, CALL_S, ends)
+        idle = self.control.idle
+        plainly, most = idle > 1, min(idle if idle > 1 else self.control.patience, text.room)
+        known = text.ids[text.padding : text.length]
+        passes = self.session.speculate(known, text.row, guesses, plainly, most, CALL_S, self.greedy.ends)
         looking = next(drafter for drafter in self.control.drafters if drafter.budget is None)
         told = zip(
             *(array.tolist() for array in (passes.found, passes.guessed, passes.stood, passes.seconds)), strict=True

@@ -18,6 +18,7 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import median
 from typing import Literal
 
@@ -188,7 +189,12 @@ class Control:
             return 0
         gates = (drafter for drafter in self.drafters if drafter.budget is not None)
         waits = (0.0 if self._gains(d) else (self._debts - _FIRST_LOSS) / _LOSS - self.tokens for d in gates)
-        return int(min([*waits, _PATIENCE - self.since_plain]))
+        return int(min([*waits, self.patience]))
+
+    @property
+    def patience(self) -> int:
+        """Tokens until the next plain step is due."""
+        return ceil(_PATIENCE - self.since_plain)
 
     @property
     def looks(self) -> bool:
@@ -207,17 +213,24 @@ class Control:
             found: Tokens of the passage that was found again; 0 is none.
         """
         looking = next((d for d in self.drafters if d.budget is None and found), None)
-        gates = [d for d in self.drafters if d.budget is not None]
         if not self.adapt:
-            return looking or next(iter(gates), None)
+            return looking or next((d for d in self.drafters if d.budget is not None), None)
         if not self._ready:
             return None
-        best = max(filter(self._may, gates), key=lambda d: d.rate if d.known else float("inf"), default=None)
-        if looking is not None:
-            gain = self.look_up_length(found, self.most_tokens)[1]
-            if gain > _LITTLE and (best is None or not best.known or gain >= best.rate):
-                return looking
-        return best
+        gain = self.look_up_length(found, self.most_tokens)[1] if looking is not None else 0.0
+        return looking if gain > self._other_gain else self._best_gates
+
+    @property
+    def _best_gates(self) -> Drafter | None:
+        """Who of those that may draft is to."""
+        gates = (drafter for drafter in self.drafters if drafter.budget is not None and self._may(drafter))
+        return max(gates, key=lambda d: d.rate if d.known else float("inf"), default=None)
+
+    @property
+    def _other_gain(self) -> float:
+        """What a passage must gain more than."""
+        best = self._best_gates
+        return max(_LITTLE, best.rate) if best is not None and best.known else _LITTLE
 
     def _may(self, drafter: Drafter) -> bool:
         """Whether gates at a budget gain, or their losses can be borne."""
@@ -241,9 +254,10 @@ class Control:
 
     def look_up_lengths(self, longest: int) -> list[int]:
         """How many tokens of a passage to take, where from 0 to `longest` tokens were found again."""
-        most = self.most_tokens
+        most, least = self.most_tokens, self._other_gain
         costs, chances = self.costs.upto(most), [self.odds.of(looked_up(found)) for found in range(longest + most)]
-        return [0, *(_best_length(chances[found:][:most], costs)[0] for found in range(1, longest + 1))]
+        lengths = (_best_length(chances[found:][:most], costs) for found in range(1, longest + 1))
+        return [0, *(count if gain > least else 0 for count, gain in lengths)]
 
     def goes_on(self, drafter: Drafter, chance: float) -> bool:
         """Whether another token by the gates is worth its cost, after tokens that all stand with a chance."""

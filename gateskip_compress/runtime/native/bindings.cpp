@@ -416,10 +416,10 @@ struct HeldModel {
 
   // Decodes a row whose text, all but its last token, is in the cache. Where n of the text's last tokens are found again,
   // it guesses that `guesses[n]` of what followed them follow here too, and verifies these in the same pass. It goes on
-  // until `most` tokens came, time is up, or one of `ends` came. Returns the tokens; how many each pass found, guessed,
-  // and kept of these; and each one's seconds.
-  py::tuple speculate(Ints text, int row, std::optional<Floats> thresholds, Ints guesses, int most, double seconds,
-                      Ints ends) {
+  // until `most` tokens came, time is up, one of `ends` came, or nothing is to be guessed, unless it may go on `plainly`.
+  // Returns the tokens; how many each pass found, guessed, and kept of these; and each one's seconds.
+  py::tuple speculate(Ints text, int row, std::optional<Floats> thresholds, Ints guesses, bool plainly, int most,
+                      double seconds, Ints ends) {
     const int longest = static_cast<int>(guesses.size()) - 1, past = static_cast<int>(text.size()) + most;
     check(text.size() >= 1 && longest >= 0, "there is no text, or no number of guesses");
     within(text, model.shape.vocabulary, "token id");
@@ -444,6 +444,7 @@ struct HeldModel {
         const int length = static_cast<int>(whole.size());
         const Passage passage = look_up(whole, longest);
         const int guessed = std::min(guesses.data()[passage.found], past - length - 1);
+        if (!guessed && !plainly) break;
         ids[0] = whole.back();
         for (int i = 0; i < guessed; ++i) ids[i + 1] = whole[passage.next + i % (length - passage.next)];
         std::iota(places.begin(), places.end(), length - 1);
