@@ -244,6 +244,41 @@ def test_a_drafter_that_wins_is_used_and_drafts_far():
     assert pace > 2.2
 
 
+def test_passages_of_one_text_are_taken_as_far_as_their_tokens_pay():
+    """The lengths for all passages at once are each passage's own, and the best of all by a loop."""
+    control = Control([Drafter(None)], 6)
+    for drafted, seconds in ((0, 1.0), (0, 1.0), (1, 1.2), (3, 1.9), (6, 4.5)):
+        if drafted:
+            control.learn(
+                control.drafters[0], [[looked_up(2 + i) for i in range(drafted)]], [drafted // 2], 0.0, seconds
+            )
+        else:
+            control.plain(seconds)
+    costs = control.costs.upto(6)
+    lengths = control.look_up_lengths(20)
+    for found in range(1, 21):
+        gains, chance, expected = [1.05], 1.0, 1.0
+        for k in range(1, 7):
+            chance *= control.odds.of(looked_up(found + k - 1))
+            expected += chance
+            gains.append(expected * costs[0] / costs[k])
+        assert lengths[found] == gains.index(max(gains)) == control.look_up_length(found, 6)[0]
+    assert lengths[0] == 0
+    assert len(set(lengths)) > 2
+
+
+def test_costs_are_means_of_the_same_passes():
+    """A pace that halves hits plain steps and passes alike, whichever was seen of late."""
+    control = Control([Drafter(None)], 6)
+    for pace in (1.0, 2.0):
+        for _ in range(40):
+            control.plain(pace)
+            control.learn(control.drafters[0], [[looked_up(5)] * 3], [3], 0.0, 2 * pace)
+        costs = control.costs.upto(6)
+        assert costs[3] / costs[0] == pytest.approx(2.0, rel=0.05)
+    assert costs[0] == pytest.approx(2.0, rel=0.15)
+
+
 def test_drafting_stops_when_it_loses_and_starts_again_when_it_wins():
     pace, control = simulate(lambda count: 0.95 if not 700 < count < 2000 else 0.0, cost=0.3, steps=5000)
     assert control.drafters[0].rate > 1.4

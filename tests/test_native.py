@@ -23,6 +23,7 @@ from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
 from gateskip_compress.runtime.lowered import Lowered
 from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.speculation.control import Control
+from gateskip_compress.speculation.lookup import look_up
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
 KERNELS = [name for name, _ in native.kernels()]
@@ -338,6 +339,93 @@ def test_speculation_changes_no_token(small, session, extra):
         assert torch.equal(found, expected)
     assert 0 <= counts.accepted <= counts.drafted
     assert counts.drafted > 0
+
+
+def test_passes_inside_guess_what_look_up_finds(session):
+    """Each pass of `speculate` beside the search, and the tokens that plain decoding gives."""
+    guesses, most, counts = np.array([0, 1, 0, 4, *[6] * 13], dtype=np.int32), 70, [0, 0, 0]
+    for seed in range(4):
+        ids = tokens(1, 9, seed=50 + seed).repeat(1, 3)
+        plain = session.generate(ids, max_new_tokens=most, do_sample=False)[0].numpy()
+        session.prefill(ids[0, :-1].numpy())
+        passes = session.speculate(ids[0].numpy(), 0, guesses, True, most, 60.0, np.array([], dtype=np.int32))
+        assert passes.tokens.tolist() == plain[27:].tolist()
+        at = 27
+        for found, guessed, stood in zip(passes.found, passes.guessed, passes.stood, strict=True):
+            passage = look_up(plain[:at], 6)
+            assert found == passage.found
+            assert guessed == min(guesses[found], len(plain) - at - 1)
+            same = passage.tokens[:guessed] == plain[at : at + guessed]
+            assert stood == (guessed if same.all() else same.argmin())
+            at += stood + 1
+            counts = [counts[0] + (guessed == 0), counts[1] + (stood == 0 < guessed), counts[2] + (stood > 1)]
+        assert at == len(plain)
+        assert (passes.seconds > 0).all()
+    assert min(counts) > 0  # plain steps, guesses that fell, and some that stood
+
+
+def test_passes_inside_end_where_they_are_told_to(session):
+    ids, none = tokens(1, 9, seed=51).repeat(1, 3), np.array([], dtype=np.int32)
+    guesses = np.array([0, *[4] * 16], dtype=np.int32)
+    text = session.generate(ids, max_new_tokens=60, do_sample=False)[0].numpy()
+    run = partial(session.speculate, ids[0].numpy(), 0)
+    session.prefill(ids[0, :-1].numpy())
+    assert run(guesses, True, 5, 60.0, none).tokens.tolist() == text[27:32].tolist()
+    end = text[34:35].astype(np.int32)
+    until = run(guesses, True, 60, 60.0, end).tokens
+    assert until.tolist() == text[27 : 27 + len(until)].tolist()
+    assert end[0] in until
+    assert end[0] not in until[:-5]
+    assert len(run(guesses, True, 60, 0.0, none).tokens) == 0
+    assert len(run(0 * guesses, False, 60, 60.0, none).tokens) == 0
+    lone = np.array([1, 2, 3], dtype=np.int32)  # nothing is found again
+    session.prefill(lone[:-1])
+    assert len(session.speculate(lone, 0, guesses, False, 60, 60.0, none).tokens) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(most=200), "steps do not fit into the cache"),
+        (dict(row=3), "there is no row 3"),
+        (dict(guesses=np.array([0, 100_000], dtype=np.int32)), "a number of guesses 100000 must be from 0 to"),
+        (dict(text=np.array([1, -1], dtype=np.int32)), "token id -1 must be from 0 to 95"),
+        (dict(text=np.array([], dtype=np.int32)), "there is no text"),
+    ],
+)
+def test_passes_inside_refuse_what_does_not_fit(session, change, message):
+    given = dict(
+        text=np.array([1, 2], dtype=np.int32),
+        row=0,
+        guesses=np.array([0, 2], dtype=np.int32),
+        plainly=True,
+        most=4,
+        seconds=1.0,
+        ends=np.array([], dtype=np.int32),
+    )
+    with pytest.raises(ValueError, match=message):
+        session.speculate(**given | change)
+
+
+@pytest.mark.parametrize("drafts", ["look-up", "both"])
+def test_adaptive_speculation_of_one_text_changes_no_token(small, session, monkeypatch, drafts):
+    monkeypatch.setattr(small, "speculation_controls", {}, raising=False)
+    inside, speculate = [], Lowered.speculate
+
+    def counted(self, *args):
+        passes = speculate(self, *args)
+        inside.append(int(passes.stood.sum()))
+        return passes
+
+    monkeypatch.setattr(Lowered, "speculate", counted)
+    counts, settings = Acceptance(), dict(max_new_tokens=90, do_sample=False)
+    for seed in range(4):
+        ids = tokens(1, 9, seed=60 + seed).repeat(1, 3)
+        expected = session.generate(ids, **settings)
+        found = session.generate(ids, **settings, speculate=True, drafts=drafts, acceptance=counts)
+        assert torch.equal(found, expected)
+    assert counts.plain_steps + counts.accepted + counts.verifies == 4 * 89  # the first came with the prompt
+    assert 0 < sum(inside) <= counts.accepted
 
 
 @pytest.mark.parametrize("extra", [{}, dict(repetition_penalty=1.5), dict(drafts="gates"), dict(drafts="look-up")])
