@@ -8,9 +8,9 @@ own confidence, or how long a passage was found again.
 
 Passages are free, and what their lengths are worth is known beforehand: they are verified wherever that is expected to
 gain. What gates lose against plain steps is their debt, which only their own gains pay back: budgets that lose may be
-tried again as long as all debts are below half a step and 1 % of the tokens so far. So over some hundred tokens and
-more, what is tried in vain costs some hundredth of the time. None of this can change the text, or its distribution
-where it is sampled: it looks at tokens before the one in question, never at that one.
+tried again as long as all debts are below half a step and 1 % of the tokens that passages left so far. So over some
+hundred tokens and more, what is tried in vain costs some hundredth of the time. None of this can change the text, or
+its distribution where it is sampled: it looks at tokens before the one in question, never at that one.
 """
 
 import time
@@ -286,12 +286,13 @@ class Control:
             verify_s: Seconds of the verify pass, and of accepting.
         """
         gained, drafted = 1 + sum(stands) / len(stands), max(map(len, evidence))
-        self.tokens, self.since_plain = self.tokens + gained, self.since_plain + gained
+        self.since_plain += gained
         for row, stood in zip(evidence, stands, strict=True):
             self.odds.learn(row, stood)
             judged = min(stood + 1, len(row))
             drafter.tried, drafter.stood = 0.9 * drafter.tried + judged, 0.9 * drafter.stood + stood
         if drafter.budget is not None:
+            self.tokens += gained
             drafter.step_s.append(draft_s / drafted)
         if not self.plain_steps:
             return
