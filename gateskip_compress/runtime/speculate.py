@@ -86,10 +86,8 @@ class Speculator:
         known = text.ids[text.padding : text.length]
         passes = self.session.speculate(known, text.row, guesses, plainly, most, CALL_S, self.greedy.ends)
         looking = next(drafter for drafter in self.control.drafters if drafter.budget is None)
-        told = zip(
-            *(array.tolist() for array in (passes.found, passes.guessed, passes.stood, passes.seconds)), strict=True
-        )
-        for found, guessed, stood, pass_s in told:
+        counts = np.stack((passes.found, passes.guessed, passes.stood), axis=1).tolist()
+        for (found, guessed, stood), pass_s in zip(counts, passes.seconds.tolist(), strict=True):
             evidence: list[Hashable] = [looked_up(found + place) for place in range(guessed)]
             drafter = looking if guessed else None
             take_in(self.control, self.counts, drafter, [evidence], [stood], 0.0, pass_s)

@@ -148,9 +148,8 @@ class PassCost:
         # beside a tenth of an observation of each
         sums = [0.2, 0.8, 6.4, 0.41 * plain_s / count, 2.48 * plain_s / count]
         for k, (count, seconds) in self._seen.items():
-            sums = [
-                old + x for old, x in zip(sums, (count, k * count, k * k * count, seconds, k * seconds), strict=True)
-            ]
+            new = (count, k * count, k * k * count, seconds, k * seconds)
+            sums = [old + x for old, x in zip(sums, new, strict=True)]
         count, k, kk, t, kt = sums
         slope = max(0.0, (count * kt - k * t) / (count * kk - k * k))
         return (t - slope * k) / count, slope
@@ -163,6 +162,9 @@ class Control:
         drafters: To choose from.
         most_tokens: The longest draft.
         adapt: False drafts as much as it can, always.
+
+    Attributes:
+        tokens: So far, but for those that passages gave.
     """
 
     def __init__(self, drafters: list[Drafter], most_tokens: int, *, adapt: bool = True) -> None:
