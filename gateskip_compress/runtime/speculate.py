@@ -6,6 +6,7 @@ gates. A call of k tokens gives the bits of k calls of one, so the text is plain
 same seed (in batches, where rows draw in turn, from the same distribution). There a guess stands if it is the token
 that plain decoding draws: as likely as by speculative sampling (arXiv 2211.17192), since a guess is certain to be
 guessed. What was guessed wrong stays in the cache beyond the text's end, where nobody looks before it is written over.
+Where one text is decoded greedily, passages and plain steps go inside the native model, some rounds to a call.
 """
 
 from collections.abc import Hashable, Sequence
