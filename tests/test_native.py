@@ -266,6 +266,23 @@ def test_long_texts_have_the_same_bits_however_their_attention_is_shared_out(ker
             assert np.array_equal(found, whole[begin : begin + size]), (threads, size)
 
 
+def test_shares_of_the_work_follow_the_pace_of_threads_and_change_no_bit():
+    model, ids = tiny(intermediate_size=1600, max_position_embeddings=640), tokens(1, 400)[0].numpy()
+    found, shares = [], []
+    for threads in (1, 2):
+        session = lower(model, **EXACT | dict(context_tokens=640, threads=threads))
+        shares.append(session.native.shares)
+        singles = [session.run_row(ids[i : i + 1], 0, i, wanted=1, logits=True).logits for i in range(300)]
+        fews = [session.run_row(ids[i : i + 5], 0, i, wanted=5, logits=True).logits for i in range(300, 400, 5)]
+        found.append(np.concatenate(singles + fews))
+        shares.append(session.native.shares)
+    assert np.array_equal(*found)
+    assert shares[:3] == [[1], [1], [0.5, 0.5]]
+    assert shares[3] != [0.5, 0.5]
+    assert sum(shares[3]) == pytest.approx(1)
+    assert all(0.2 < share < 0.8 for share in shares[3])
+
+
 def test_a_prompt_is_of_one_row(session):
     places = np.arange(4, dtype=np.int32)
     with pytest.raises(ValueError, match="a prompt has one row"):

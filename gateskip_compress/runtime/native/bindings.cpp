@@ -594,6 +594,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<HeldModel>(m, "Model")
       .def(py::init<const Shape&, const std::string&, int>())
       .def_property_readonly("window", [](const HeldModel& held) { return held.model.window; })  // of a prompt
+      .def_property_readonly("shares", [](const HeldModel& held) { return held.model.shares(); })
       .def("finish", &HeldModel::finish)
       .def("run", &HeldModel::run)
       .def("follow", &HeldModel::follow)

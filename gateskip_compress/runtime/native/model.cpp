@@ -1,6 +1,8 @@
 #include "model.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -23,7 +25,10 @@ Model::Model(const Shape& s, const Kernels& k, int threads)
       kernels(k),
       window(kWindow * (k.prompts ? std::min(threads, kShared) : 1)),
       team_(threads),
-      lists_(threads) {}
+      lists_(threads),
+      cuts_(threads + 1) {
+  for (int thread = 0; thread <= threads; ++thread) cuts_[thread] = double(thread) / threads;
+}
 
 float* Model::floats(size_t count) {
   owned_.emplace_back(new uint8_t[4 * count + 64]());
@@ -89,10 +94,37 @@ void Model::run(const Call& call) {
   prompts_ = call.prompt && call.count >= kPrompt ? kernels.prompts : nullptr;
   apart_ = prompts_ && call.count >= kApart * team_.size();
   team_.run([&](int thread) { work(call, thread); });
+  if (!prompts_) balance();
 }
 
-Model::Range Model::share(int count, int thread) const {
-  const auto at = [&](int part) { return static_cast<int>(int64_t(count) * part / team_.size()); };
+// Moves shares towards how fast threads multiplied in this call: cores may differ, or work for others for a while.
+void Model::balance() {
+  double all = 0;  // spans in a second
+  for (const Lists& lists : lists_) {
+    if (!(lists.spans > 0 && lists.seconds > 0)) return;
+    all += lists.spans / lists.seconds;
+  }
+  const double even = 1.0 / team_.size();
+  double begin = 0, sum = 0;
+  for (int thread = 0; thread < team_.size(); ++thread) {
+    const double own = lists_[thread].spans / lists_[thread].seconds / all, before = cuts_[thread + 1] - begin;
+    begin = cuts_[thread + 1];
+    cuts_[thread + 1] = sum += before + kAdapt * (std::clamp(own, even / 2, 2 * even) - before);
+  }
+  for (double& cut : cuts_) cut /= sum;
+}
+
+std::vector<double> Model::shares() const {
+  std::vector<double> widths(cuts_.size());
+  std::adjacent_difference(cuts_.begin(), cuts_.end(), widths.begin());
+  return {widths.begin() + 1, widths.end()};
+}
+
+// Equal for prompts that go their own way: their bits depend on who takes what.
+Model::Range Model::share(int64_t count, int thread) const {
+  const auto at = [&](int part) {
+    return static_cast<int>(prompts_ ? count * part / team_.size() : std::llround(double(count) * cuts_[part]));
+  };
   return {at(thread), at(thread + 1)};
 }
 
@@ -106,6 +138,7 @@ void Model::meet() {
 void Model::list_tokens(int count, int thread) {
   Lists& lists = lists_[thread];
   lists.own.clear();
+  lists.spans = lists.seconds = 0;
   const auto add = [&](std::vector<int>& list, Range range) {
     for (int token = range.begin; token < range.end; ++token) list.push_back(token);
   };
@@ -201,7 +234,9 @@ void Model::attention(const Call& call, int index, int thread) {
     }
     meet();
     const uint8_t* keep = keep_.data() + size_t(2 * index) * window;
-    for (int token : lists.own) place(call, index, token, keep[token]);
+    const int heads = layer.heads + layer.kv_heads;
+    const auto [begin, end] = split(static_cast<int>(lists.all.size()) * heads, thread);
+    for (int i = begin; i < end; ++i) place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
     team_.wait();
     prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
   } else {
@@ -247,35 +282,34 @@ size_t Model::slot(const Call& call, const Layer& layer, int token, int head) co
   return call.rows[token] * kept_heads_ + layer.first_head + head;
 }
 
-// Finishes a token's queries, and puts its keys and values into the cache.
-void Model::place(const Call& call, int index, int token, bool kept) {
+// Finishes one of a token's queries, or puts keys and values of one of the heads that follow these into the cache.
+void Model::place(const Call& call, int index, int token, int head, bool kept) {
   const Layer& layer = layers[index];
-  const int d = shape.head_dim, position = call.positions[token];
-  float* query = qkv_ + token * stride_;
-  const size_t turn = size_t(position) * shape.rotated;
-  const auto turned = [&](float* head, const std::vector<float>& weight) {
-    if (!weight.empty()) kernels.norm(head, weight.data(), d, shape.eps, head);
+  const int d = shape.head_dim, position = call.positions[token], kv_head = head - layer.heads;
+  float* x = qkv_ + token * stride_ + size_t(head) * d;
+  const auto turn = [&](const std::vector<float>& weight) {
+    if (!weight.empty()) kernels.norm(x, weight.data(), d, shape.eps, x);
     if (layer.rotation < 0) return;
     const Rotation& rotation = rotations[layer.rotation];
-    kernels.rotate(head, rotation.cos + turn, rotation.sin + turn, shape.rotated);
+    const size_t at = size_t(position) * shape.rotated;
+    kernels.rotate(x, rotation.cos + at, rotation.sin + at, shape.rotated);
   };
-  for (int head = 0; kept && head < layer.heads; ++head) {
-    turned(query + head * d, layer.q_norm);
-    for (int i = 0; i < d; ++i) query[head * d + i] *= shape.scale;
+  if (kv_head < 0) {
+    if (!kept) return;
+    turn(layer.q_norm);
+    for (int i = 0; i < d; ++i) x[i] *= shape.scale;
+    return;
   }
-  for (int head = 0; head < layer.kv_heads; ++head) {
-    const size_t to = slot(call, layer, token, head);
-    if (layer.copies && !kept) {
-      const size_t from = slot(call, layers[index - 1], token, head);
-      keys_.copy(from, to, position);
-      values_.copy(from, to, position);
-      continue;
-    }
-    float* key = query + (layer.heads + head) * d;
-    turned(key, layer.k_norm);
-    keys_.write(to, position, key);
-    values_.write(to, position, key + layer.kv_heads * d);
+  const size_t to = slot(call, layer, token, kv_head);
+  if (layer.copies && !kept) {
+    const size_t from = slot(call, layers[index - 1], token, kv_head);
+    keys_.copy(from, to, position);
+    values_.copy(from, to, position);
+    return;
   }
+  turn(layer.k_norm);
+  keys_.write(to, position, x);
+  values_.write(to, position, x + size_t(layer.kv_heads) * d);
 }
 
 float* Model::parts(size_t query, int run) const {
@@ -298,8 +332,8 @@ Model::Readers Model::readers(const Call& call, const Layer& layer, const std::v
   return found;
 }
 
-// What tokens attend to, rounded. Of many tokens, each thread takes a share of the queries; of a few, a share of all
-// pairs of a query and a run.
+// What tokens attend to, rounded. Of many tokens, each thread takes a share of the queries; of a few, queries' runs that
+// make up its share of the positions that all see.
 void Model::attend(const Call& call, int index, const std::vector<int>& tokens, int thread) {
   const Layer& layer = layers[index];
   const int d = shape.head_dim, count = static_cast<int>(tokens.size()), group = layer.heads / layer.kv_heads;
@@ -308,9 +342,13 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
     const int position = call.positions[token], first = seen_from(layer, position) / kRun;
     kernels.merge(parts(query, first), runs_seen(layer, position), d, mixed_.floats(token) + size_t(head) * d);
   };
-  int pair = 0, pairs = 0;
-  for (int i = 0; few && i < count; ++i) pairs += runs_seen(layer, call.positions[tokens[i]]) * layer.heads;
-  const Range own = share(pairs, thread), all{0, count * layer.heads}, queries = few ? all : share(all.end, thread);
+  int64_t seen_by_all = 0, counted = 0;
+  for (int token : tokens) {
+    const int position = call.positions[token];
+    seen_by_all += int64_t(layer.heads) * (position + 1 - seen_from(layer, position));
+  }
+  const Range all{0, count * layer.heads}, queries = few ? all : share(all.end, thread);
+  const auto [from_here, to_here] = share(seen_by_all, thread);
   Queries to;
   to.head_dim = d;
   for (int at = queries.begin; at < queries.end;) {
@@ -323,7 +361,10 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
       for (int i = 0; i < now.count; ++i) {
         const int position = call.positions[now.token[i]], from = std::max(0, seen_from(layer, position) - run * kRun),
                   seen = std::min(kRun, position + 1 - run * kRun);
-        if (from >= seen || (few && (pair++ < own.begin || pair > own.end))) continue;
+        if (from >= seen) continue;
+        const int64_t middle = counted + (seen - from) / 2;
+        counted += seen - from;
+        if (few && (middle < from_here || middle >= to_here)) continue;
         to.query[to.count] = qkv_ + now.token[i] * stride_ + size_t(now.head[i]) * d;
         to.part[to.count] = parts(first + i, run);
         to.begin[to.count] = from, to.end[to.count++] = seen;
@@ -334,11 +375,13 @@ void Model::attend(const Call& call, int index, const std::vector<int>& tokens, 
     at += now.count;
   }
   team_.wait();
-  const auto [begin, end] = share(count, thread);
-  for (int i = begin; i < end; ++i) {
-    for (int head = 0; few && head < layer.heads; ++head)
+  const int step = kSpan / std::gcd(d, kSpan), steps = (layer.heads + step - 1) / step;  // heads of whole spans
+  const auto [begin, end] = share(count * steps, thread);
+  for (int at = begin; at < end; ++at) {
+    const int i = at / steps, first = at % steps * step, last = std::min(first + step, layer.heads);
+    for (int head = first; few && head < last; ++head)
       merge(tokens[i], head, (size_t(head / group) * count + i) * group + head % group);
-    round(mixed_, tokens[i], 0, layer.heads * d);
+    round(mixed_, tokens[i], first * d, last * d);
   }
   team_.wait();
 }
@@ -415,6 +458,7 @@ void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& to
   const int lanes = kernels.lanes, step = lists_[thread].all.size() > kFew ? kSpans : std::max(1, end - begin);
   const size_t stride = size_t(step) * kSpan;
   float* piece = pieces_ + 2 * thread * piece_size_;
+  const auto start = std::chrono::steady_clock::now();
   const bool gathered = gather(gate, normed_, tokens) || (up.data && gather(up, normed_, tokens));
   for (int span = begin; span < end; span += step) {
     const int first = span * kSpan, last = std::min({(span + step) * kSpan, end * kSpan, gate.rows});
@@ -431,6 +475,9 @@ void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& to
       round(inner_, token, first, last);
     }
   }
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  lists_[thread].seconds += took.count();
+  lists_[thread].spans += double(end - begin) * static_cast<double>(tokens.size());
 }
 
 void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {

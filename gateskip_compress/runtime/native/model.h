@@ -27,6 +27,7 @@ constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
 constexpr int kPrompt = 9;    // tokens of a prompt that go `PromptKernels`' way, where there is one
+constexpr double kAdapt = 1.0 / 16;  // of what a call says about threads' shares
 constexpr int kRescored = 32;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
@@ -114,6 +115,7 @@ class Model {
   // Buffers for the layers that are there now; to be called once before the first `run`.
   void prepare();
   void run(const Call& call);
+  std::vector<double> shares() const;  // threads', of the work of calls that are not prompts; 1 in all
 
  private:
   struct Range {
@@ -126,12 +128,14 @@ class Model {
   };
   // Token numbers: those that one thread normalises and places, and those that it multiplies: of a branch, all, and the
   // ones that run it or do not.
-  struct Lists {
+  struct alignas(64) Lists {
     std::vector<int> own, all, kept, skipped;
     std::vector<PromptQuery> queries;  // of one head of keys
+    double spans, seconds;             // of tokens' gated units that it multiplied in this call, and what it took
   };
 
-  Range share(int count, int thread) const;
+  void balance();
+  Range share(int64_t count, int thread) const;
   Range split(int count, int thread) const;  // of rows, channels or listed tokens: all, where tokens are shared out
   void list_tokens(int count, int thread);
   void meet();  // unless tokens are shared out
@@ -141,7 +145,7 @@ class Model {
   void enter(const Call& call, const Branch& branch, bool there, int index, int thread);
   void attention(const Call& call, int layer, int thread);
   void mlp(const Call& call, int layer, int thread);
-  void place(const Call& call, int layer, int token, bool kept);
+  void place(const Call& call, int layer, int token, int head, bool kept);
   void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
   void attend_prompt(const Call& call, int layer, const std::vector<int>& tokens, int thread);
   int largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const;
@@ -166,6 +170,7 @@ class Model {
 
   Team team_;
   std::vector<Lists> lists_;
+  std::vector<double> cuts_;  // where threads' shares begin and end, from 0 to 1
   std::vector<std::unique_ptr<uint8_t[]>> owned_;
   Cache keys_, values_;
   std::vector<uint8_t> keep_;  // (2 layers, window)
