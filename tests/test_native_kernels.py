@@ -27,6 +27,8 @@ def random_codes(rng, rows, columns, group, bits):
     codes = rng.integers(0, 2**bits, (rows, columns), dtype=np.uint8)
     zero = rng.integers(0, 2**bits, (rows, groups), dtype=np.uint8)
     scale = (10.0 ** rng.uniform(-6, 6, (rows, groups))).astype(np.float32)
+    if rng.integers(2):  # kept as bfloat16
+        scale = (scale.view(np.uint32) & 0xFFFF0000).view(np.float32)
     weight = np.zeros((rows, columns))
     for row in range(rows):
         for column in range(columns):
@@ -51,6 +53,25 @@ def close_sums(found, weight, x, bias=0):
 def packed(kernels, kind, codes, scale, zero, group, bias=None):
     data = native.pack_codes(kernels, kind, codes, scale, zero, group)
     return native.HeldMatrix(kernels, kind, *codes.shape, group, data, bias)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_scales_that_are_bfloat16_take_two_bytes_and_give_the_same_bits(kernels, kind):
+    rng = np.random.default_rng(0)
+    codes, scale, zero, _ = random_codes(rng, 48, 320, 64, int(kind[3:]))
+    scale = (scale.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    scale[-1] = 1
+    finer = scale.copy()
+    finer[-1, -1] *= 1.001  # one that is not makes all floats
+    x = rng.standard_normal((9, 320)).astype(np.float32)
+    sizes = [native.pack_codes(kernels, kind, codes, each, zero, 64).nbytes for each in (scale, finer)]
+    assert sizes[1] - sizes[0] == 48 * 5 * 2
+    for fine in (False, True):
+        short, whole = (
+            native.multiply(kernels, packed(kernels, kind, codes, each, zero, 64), x, fine) for each in (scale, finer)
+        )
+        assert np.array_equal(short[:, :-1], whole[:, :-1])
+        assert not np.array_equal(short[:, -1], whole[:, -1])
 
 
 @pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])

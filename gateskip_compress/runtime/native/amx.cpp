@@ -133,7 +133,7 @@ struct Place {
   size_t input = 0;                                               // of all tiles' spans
 
   // The span's codes, behind what a group begins with.
-  const uint8_t* codes() const { return left ? at : at + 5 * V::lanes; }
+  const uint8_t* codes() const { return left ? at : at + codes_at(m, V::lanes); }
   bool ends_tile() const { return span == in.spans - 1; }
   bool ends_group() const { return left == 1 || ends_tile(); }  // of several spans
 
@@ -173,7 +173,7 @@ void multiply_blocks(const Product& product, const Inputs& in, const int* tokens
       if (adds.tile == 0) shifts = in.shifts;
     }
     if (adds.left == 0)
-      s = V::load(reinterpret_cast<const float*>(adds.at)), z = V::bytes(adds.at + 4 * V::lanes) - V::set(C::middle);
+      s = group_scales<V>(m, adds.at), z = V::bytes(adds.at + zeros_at(m, V::lanes)) - V::set(C::middle);
     const float* scales = in.scales + adds.input * kTile;
     unrolled<kTile>([&](auto t) {
       const auto sum = [&](int row) { return V::whole((V::I)_mm512_load_si512(own + row * V::lanes)); };

@@ -201,9 +201,9 @@ void spread(const Matrix& m, int block, uint8_t* to) {
   using C = Coded<V, Kind::int4>;
   const uint8_t* at = m.data + block * block_bytes(m, V::lanes);
   for (int column = 0; column < m.columns;) {
-    const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 4 * V::lanes));
+    const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + zeros_at(m, V::lanes)));
     const __m512i zero = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zeros), _mm512_set1_epi32(0x01010101));
-    at += 5 * V::lanes;
+    at += codes_at(m, V::lanes);
     for (const int end = std::min(column + m.group, m.columns); column < end; column += kChunk, at += C::bytes) {
       typename V::Codes codes[8];
       load_chunk<C>(at, codes);
@@ -233,7 +233,7 @@ inline __attribute__((always_inline)) void multiply_group(const int8_t* rows, co
 void multiply_block(const Matrix& m, int block, const int8_t* rows, const float* scales, const uint8_t* codes,
                     const int* tokens, int count, const Outputs& out) {
   const int spans = m.columns / kSpan, per_group = m.group / kSpan, all = groups(m);
-  const size_t group_bytes = 5 * V::lanes + per_group * 2 * Coded<V, Kind::int4>::bytes;
+  const size_t group_bytes = codes_at(m, V::lanes) + per_group * 2 * Coded<V, Kind::int4>::bytes;
   const uint8_t* packed = m.data + block * block_bytes(m, V::lanes);
   alignas(64) int32_t sums[2][2][kSums];
   const auto multiply_ahead = [&](int group) {
@@ -248,7 +248,7 @@ void multiply_block(const Matrix& m, int block, const int8_t* rows, const float*
     if (group + 1 < all) multiply_ahead(group + 1);
     for (int t = kTile * group / all; t < std::min(count, kTile * (group + 1) / all); ++t)
       __builtin_prefetch(out.at + tokens[t] * out.stride + block * V::lanes, 1);
-    const F<V> s = V::load(reinterpret_cast<const float*>(packed));
+    const F<V> s = group_scales<V>(m, packed);
     const auto& own = sums[group % 2];
     unrolled<kTile>([&](auto t) {
       const auto sum = [&](int of) { return V::whole((V::I)_mm512_load_si512(own[of] + t * V::lanes)); };

@@ -66,8 +66,10 @@ HeldMatrix hold(const std::string& kernels, const std::string& kind, int rows, i
   m.rows = rows, m.columns = columns, m.group = group;
   check(rows > 0 && columns > 0, "a matrix needs rows and columns");
   check(group > 0 && group % kChunk == 0, "group " + std::to_string(group) + " must be a multiple of 32");
-  const size_t size = blocks(m, m.lanes) * block_bytes(m, m.lanes);
-  check(size_t(packed.size()) == size, "packed weights have " + std::to_string(packed.size()) + " bytes, not the " +
+  const auto bytes = [&] { return blocks(m, m.lanes) * block_bytes(m, m.lanes); };
+  const size_t size = bytes();
+  m.short_scales = size_t(packed.size()) < size;
+  check(size_t(packed.size()) == bytes(), "packed weights have " + std::to_string(packed.size()) + " bytes, not the " +
                                            std::to_string(size) + " of this shape, kind and kernel");
   m.packed = packed;
   m.data = packed.data();
@@ -105,6 +107,8 @@ Bytes pack_codes_of(const std::string& kernels, const std::string& kind, Bytes c
     check(*std::max_element(part.data(), part.data() + part.size()) <= most,
           "codes and zero points of " + kind + " are at most " + std::to_string(most));
   const int lanes = kernels_named(kernels).lanes;
+  m.short_scales = std::all_of(scale.data(), scale.data() + scale.size(),
+                               [](float x) { const uint16_t half = to_bf16(x); return from_bf16(&half) == x; });
   Bytes packed = zeros(m, lanes);
   pack_codes(m, lanes, codes.data(), scale.data(), zero.data(), packed.mutable_data());
   return packed;

@@ -57,9 +57,15 @@ void pack_codes(const Matrix& m, int lanes, const uint8_t* codes, const float* s
     const int lane = row % lanes;
     uint8_t* at = to + row / lanes * block_bytes(m, lanes);
     for (int group = 0; group < groups(m); ++group) {
-      std::memcpy(at + 4 * lane, scale + size_t(row) * groups(m) + group, 4);
-      at[4 * lanes + lane] = zero[size_t(row) * groups(m) + group];
-      at += 5 * lanes;
+      const float own = scale[size_t(row) * groups(m) + group];
+      if (m.short_scales) {
+        const uint16_t half = to_bf16(own);
+        std::memcpy(at + 2 * lane, &half, 2);
+      } else {
+        std::memcpy(at + 4 * lane, &own, 4);
+      }
+      at[zeros_at(m, lanes) + lane] = zero[size_t(row) * groups(m) + group];
+      at += codes_at(m, lanes);
       const int end = std::min((group + 1) * m.group, all);
       for (int column = group * m.group; column < end; column += step, at += 4 * lanes)
         for (int i = 0; i < step && column + i < m.columns; ++i) {
@@ -75,9 +81,12 @@ void unpack_row(const Matrix& m, int lanes, int row, float* to) {
   const uint8_t* at = m.data + row / lanes * block_bytes(m, lanes);
   for (int group = 0; group < groups(m); ++group) {
     float scale;
-    std::memcpy(&scale, at + 4 * lane, 4);
-    const int zero = at[4 * lanes + lane], end = std::min((group + 1) * m.group, all);
-    at += 5 * lanes;
+    if (m.short_scales)
+      scale = from_bf16(at + 2 * lane);
+    else
+      std::memcpy(&scale, at + 4 * lane, 4);
+    const int zero = at[zeros_at(m, lanes) + lane], end = std::min((group + 1) * m.group, all);
+    at += codes_at(m, lanes);
     for (int column = group * m.group; column < end; column += step, at += 4 * lanes)
       for (int i = 0; i < step && column + i < m.columns; ++i) {
         const uint8_t byte = at[4 * lane + i % 4];

@@ -3,8 +3,8 @@
 // A matrix is cut into blocks of `lanes` output rows. Inside a block, neighbouring bytes belong to neighbouring rows, so
 // one vector holds the same columns of every row of the block, and sums need no horizontal additions:
 //
-//   int4  for each group: lanes scales (float), lanes zero points (byte); then for each 8 columns, for each row, 4 bytes:
-//         column c in the low half of byte c, column 4 + c in its high half
+//   int4  for each group: lanes scales (float, or bfloat16), lanes zero points (byte); then for each 8 columns, for each
+//         row, 4 bytes: column c in the low half of byte c, column 4 + c in its high half
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
 //
@@ -43,6 +43,7 @@ enum class Activation { silu, gelu };   // the latter by tanh
 struct Matrix {
   Kind kind = Kind::f32;
   int rows = 0, columns = 0, group = 0;
+  bool short_scales = false;  // of groups: bfloat16
   const uint8_t* data = nullptr;
   const float* bias = nullptr;  // one per row, padded to whole blocks; or none
 };
@@ -190,11 +191,15 @@ inline bool PromptKernels::suits(const Matrix& m) {
   return m.kind == Kind::bf16 || (m.kind == Kind::int4 && whole_spans(m));
 }
 
+// A group's zero points lie so far behind its scales, and its codes behind these.
+inline int zeros_at(const Matrix& m, int lanes) { return (m.short_scales ? 2 : 4) * lanes; }
+inline int codes_at(const Matrix& m, int lanes) { return zeros_at(m, lanes) + lanes; }
+
 inline size_t block_bytes(const Matrix& m, int lanes) {
   if (m.kind == Kind::bf16) return size_t(m.columns) * lanes * 2;
   if (m.kind == Kind::f32) return size_t(m.columns) * lanes * 4;
   const size_t codes = size_t(padded(m.columns, kChunk)) * lanes;
-  return size_t(groups(m)) * 5 * lanes + (m.kind == Kind::int4 ? codes / 2 : codes);
+  return size_t(groups(m)) * codes_at(m, lanes) + (m.kind == Kind::int4 ? codes / 2 : codes);
 }
 
 }  // namespace gateskip

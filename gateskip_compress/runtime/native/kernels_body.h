@@ -99,6 +99,12 @@ struct Coded<V, Kind::int8> {
   }
 };
 
+// Of a group of a block's rows.
+template <class V>
+inline F<V> group_scales(const Matrix& m, const uint8_t* at) {
+  return m.short_scales ? V::bf16(reinterpret_cast<const uint16_t*>(at)) : V::load(reinterpret_cast<const float*>(at));
+}
+
 template <class C, class Codes>
 inline void load_chunk(const uint8_t* at, Codes (&codes)[8]) {
   for (int pair = 0; pair < 4; ++pair) C::load(at, pair, codes + 2 * pair);
@@ -185,9 +191,8 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
   size_t places[T];
   unrolled<T>([&](auto t) { places[t] = size_t(tokens[t]) * a.chunks(); });
   for (int chunk = 0; chunk < chunks;) {
-    const F<V> s = V::load(reinterpret_cast<const float*>(at));
-    const F<V> z = V::bytes(at + 4 * V::lanes) - V::set(C::middle);
-    at += 5 * V::lanes;
+    const F<V> s = group_scales<V>(m, at), z = V::bytes(at + zeros_at(m, V::lanes)) - V::set(C::middle);
+    at += codes_at(m, V::lanes);
     F<V> part[T];
     float shift[T];
     unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });

@@ -173,10 +173,7 @@ void Model::copy_row(const Table& table, int row, float* to) const {
     std::memcpy(to, static_cast<const float*>(table.data) + from, sizeof(float) * shape.width);
     return;
   }
-  for (int i = 0; i < shape.width; ++i) {
-    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(table.data)[from + i]) << 16;
-    std::memcpy(to + i, &bits, 4);
-  }
+  for (int i = 0; i < shape.width; ++i) to[i] = from_bf16(static_cast<const uint16_t*>(table.data) + from + i);
 }
 
 void Model::embed(const Call& call, int thread) {

@@ -5,7 +5,8 @@
 
 namespace gateskip {
 
-// Codes (rows, columns), one byte each; scales and zero points (rows, groups). `to` holds all blocks, and is zeros.
+// Codes (rows, columns), one byte each; scales and zero points (rows, groups). `to` holds all blocks, and is zeros. Scales
+// are kept as bfloat16 where the matrix says so: they must be such.
 void pack_codes(const Matrix& shape, int lanes, const uint8_t* codes, const float* scale, const uint8_t* zero,
                 uint8_t* to);
 // Floats (rows, columns), kept as they are or rounded to bf16.
@@ -20,6 +21,15 @@ inline uint16_t to_bf16(float value) {
   __builtin_memcpy(&bits, &value, sizeof bits);
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // rounding could make it infinite
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bf16(const void* at) {
+  uint16_t half;
+  __builtin_memcpy(&half, at, sizeof half);
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // To the nearest f16, ties to even; what is too large becomes the largest.
