@@ -816,6 +816,16 @@ def test_packed_weights_beside_a_checkpoint_are_mapped_and_give_the_same_bits(sm
     assert again.bytes_per_token == first.bytes_per_token
 
 
+def test_groups_of_a_bfloat16_model_have_scales_of_two_bytes():
+    """They are such numbers already; nothing is rounded."""
+    step = g.Quantize(group_size=32, solver="nearest", clip=False, bits_of={"embed|head": 16})
+    models = [compress(tiny().to(dtype), step) for dtype in (torch.float32, torch.bfloat16)]
+    whole, short = (sum(m.scale.numel() for m in model.modules() if isinstance(m, QuantizedLinear)) for model in models)
+    assert whole == short
+    sessions = [lower(model, context_tokens=64, floats="bf16", head="bf16") for model in models]
+    assert sessions[0].bytes_per_token - sessions[1].bytes_per_token == 2 * whole
+
+
 @pytest.mark.parametrize("how", ["cut off", "changed", "noise", "of another checkpoint", "of other settings"])
 def test_packed_weights_that_do_not_belong_are_replaced(small, tmp_path, how):
     folder, ids = tmp_path / "model", tokens(1, 20)[0]

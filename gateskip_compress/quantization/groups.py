@@ -7,9 +7,6 @@ and codes q in 0..n, n = 2^bits - 1,
     symmetric:   zero = (n + 1) / 2            scale = 2 max|w| / n
     asymmetric:  zero = round(-min(w) / scale) scale = (max(w) - min(w)) / n     the range always contains 0
 
-Scales are bfloat16 numbers, rounded up, whatever dtype holds them: who decodes reads two bytes of a group instead of
-four. Codes are chosen for the scale as it is, so that steps are at most 0.8 % wider, and nothing else is lost.
-
 With a table of 16 levels in -1..1, as NF4 (arXiv 2305.14314) and FP4 have it, w ≈ level[q] * scale, scale = max|w|.
 
 Rounding is to nearest. Clipping shrinks a group's range where that lowers its squared error: the few largest weights
@@ -151,16 +148,10 @@ def _range(
     low, high = share * groups.amin(-1).clamp_max(0), share * groups.amax(-1).clamp_min(0)
     scale = 2 * torch.maximum(-low, high) / most if symmetric else (high - low) / most
     # a group of zeros, and one so small that its scale vanishes, are stored as zeros
-    scale = _short(scale).to(dtype)
+    scale = scale.to(dtype)
     scale = torch.where(scale > torch.finfo(dtype).tiny, scale, torch.ones_like(scale))
     zero = torch.full_like(scale, (most + 1) // 2) if symmetric else (-low / scale.float()).round().clamp(0, most)
     return scale, zero
-
-
-def _short(scale: Float[Tensor, "o g"]) -> Float[Tensor, "o g"]:
-    """The next bfloat16 that is no smaller; they are not negative."""
-    bits = scale.float().contiguous().view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, counts: Tensor | int) -> Tensor:
