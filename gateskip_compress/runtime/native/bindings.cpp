@@ -69,8 +69,9 @@ HeldMatrix hold(const std::string& kernels, const std::string& kind, int rows, i
   const auto bytes = [&] { return blocks(m, m.lanes) * block_bytes(m, m.lanes); };
   const size_t size = bytes();
   m.short_scales = size_t(packed.size()) < size;
-  check(size_t(packed.size()) == bytes(), "packed weights have " + std::to_string(packed.size()) + " bytes, not the " +
-                                           std::to_string(size) + " of this shape, kind and kernel");
+  check(size_t(packed.size()) == bytes(), "packed weights have " + std::to_string(packed.size()) +
+                                              " bytes, not the " + std::to_string(size) +
+                                              " of this shape, kind and kernel");
   m.packed = packed;
   m.data = packed.data();
   if (bias) {
