@@ -2,10 +2,10 @@
 
 Timed: steps of a text's tokens after a prompt of its first ones, each a call that finds the next token, so that all
 variants run the same tokens. `all` skips nothing. `gates` skips as they decide, by the one threshold at which the timed
-steps save the share that is asked for. `fixed` skips as many branches of either kind, the same ones at every step: by
-what it is faster, weights fall out of the processor's caches when a few steps do not read them.
-The variants take turns, so that drift of the machine hits all alike. Ideal is the ratio of multiply-adds, gates and
-surrogates counted. One JSON object a variant goes to --out.
+steps save the share that is asked for. `fixed` skips as many branches of either kind, the same ones at every step, so
+that the processor's caches hold what it reads: it shows what skipping irregularly costs. The variants take turns, so
+that drift of the machine hits all alike. Ideal is the ratio of multiply-adds, gates and surrogates counted. One JSON
+object a variant goes to --out.
 
     python benchmarks/skipping.py runs/demo/model --text FILE --saved 0.25 --out benchmarks/results/skipping.jsonl
 """
@@ -31,9 +31,10 @@ from gateskip_compress.measure import environment
 from gateskip_compress.runtime import Session, lower
 from gateskip_compress.text import windows
 
-SKIP = 1e9
+SKIP = -RUN_ALL
 """A threshold above all scores."""
 HALVINGS = 40
+"""Of the range that the threshold is looked for in."""
 
 
 @dataclass(frozen=True)

@@ -451,6 +451,7 @@ bool Model::gather(const Matrix& m, const Activations& from, const std::vector<i
 // Whole spans of channels to each thread, so that it can round them at once; those of many tokens a few at a time, while
 // they are in the cache. Without `up`, the gate's own.
 void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& tokens, int thread) {
+  if (tokens.empty()) return;
   const auto [begin, end] = split(padded(gate.rows, kSpan) / kSpan, thread);
   const int lanes = kernels.lanes, step = lists_[thread].all.size() > kFew ? kSpans : std::max(1, end - begin);
   const size_t stride = size_t(step) * kSpan;

@@ -126,7 +126,7 @@ class Model {
     int count = 0, kv_head = 0, first_run = 0, runs = 0;  // of positions, up to `runs`, those that one of them sees
     int token[kMostQueries], head[kMostQueries];
   };
-  // Token numbers: those that one thread normalises and places, and those that it multiplies: of a branch, all, and the
+  // Token numbers: those that one thread embeds and normalises, and those that it multiplies: of a branch, all, and the
   // ones that run it or do not.
   struct alignas(64) Lists {
     std::vector<int> own, all, kept, skipped;
