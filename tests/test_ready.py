@@ -24,7 +24,11 @@ from gateskip_compress.runtime.ready import generate_ready, is_for
 
 CHAT = "{%- for m in messages %}w3 {{ m['content'] | trim }} w4{% endfor %}{% if add_generation_prompt %} w5{% endif %}"
 STACKS = {
-    "gates, codes, speculation": (g.GateSkip(budget=0.9, rank=4), g.Quantize(group_size=32), g.SelfSpeculation(0.6, 2)),
+    "gates, codes, speculation": (  # drafts by no clock: what is drafted decides which random numbers are drawn
+        g.GateSkip(budget=0.9, rank=4),
+        g.Quantize(group_size=32),
+        g.SelfSpeculation(0.6, 2, adapt=False),
+    ),
     "gates for drafts": (
         g.GateSkip(budget=0.9, rank=4),
         g.SelfSpeculation(drafts="gates", gates=g.GateSkip(budget=0.6, surrogate="narrow")),

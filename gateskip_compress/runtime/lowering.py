@@ -66,7 +66,7 @@ def lower(
             since the weights must be read all the same; 8 is faster on prompts.
         kernels: Of `kernel_names()`; None is the fastest that fits.
         beside: The checkpoint that the model was loaded from and still equals: packed weights are kept there, and
-            mapped the next time. None packs into memory.
+            read the next time. None packs into memory.
         release: Free the model's matrices once they are packed, for about half the memory: from then on the session
             alone runs it, and the model itself refuses to run or to be saved. False leaves the model as it is.
 
@@ -92,6 +92,7 @@ def lower(
         found = Packed(draw_up(model, packer, head, release=release), packer.arrays, sample_of(model))
         if file is not None:
             file.write(found)
+        found = found.in_one_piece()
     if release:
         _release(model)
     built = Builder(found.plan, found.arrays, fitting).model(

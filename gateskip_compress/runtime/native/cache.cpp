@@ -4,7 +4,29 @@
 #include <cmath>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace gateskip {
+
+namespace {
+
+// Zeros whose pages come when they are written, huge ones where the system gives such: decoding reads all of a cache at
+// every token, and in pages of 4 KB has to look up as many addresses.
+void* zeros(size_t bytes) {
+  void* found = std::calloc(bytes, 1);
+  if (!found) throw std::bad_alloc();
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 1 << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(found), end = begin + bytes;
+  const uintptr_t aligned = (begin + kHuge - 1) / kHuge * kHuge;
+  if (aligned < end) madvise(reinterpret_cast<void*>(aligned), end - aligned, MADV_HUGEPAGE);
+#endif
+  return found;
+}
+
+}  // namespace
 
 Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step, int group)
     : kernels_(&kernels),
@@ -15,10 +37,9 @@ Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context,
       step_(step),
       group_(group),
       groups_((head_dim + group - 1) / group) {
-  data_.reset(static_cast<uint8_t*>(std::calloc(heads * positions_ * head_dim_, size_)));
+  data_.reset(static_cast<uint8_t*>(zeros(heads * positions_ * head_dim_ * size_)));
   const size_t scales = element == Element::int8 ? heads * positions_ * groups_ : 0;
-  if (scales) scales_.reset(static_cast<float*>(std::calloc(scales, sizeof(float))));
-  if (!data_ || (scales && !scales_)) throw std::bad_alloc();
+  if (scales) scales_.reset(static_cast<float*>(zeros(scales * sizeof(float))));
 }
 
 void Cache::write(size_t head, int position, const float* values) {
