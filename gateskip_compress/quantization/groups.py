@@ -7,6 +7,9 @@ and codes q in 0..n, n = 2^bits - 1,
     symmetric:   zero = (n + 1) / 2            scale = 2 max|w| / n
     asymmetric:  zero = round(-min(w) / scale) scale = (max(w) - min(w)) / n     the range always contains 0
 
+Scales are float16 numbers, whatever dtype holds them, where they lie among its normal ones: formats of others keep them
+so, and those that decoding reads take two bytes.
+
 With a table of 16 levels in -1..1, as NF4 (arXiv 2305.14314) and FP4 have it, w ≈ level[q] * scale, scale = max|w|.
 
 Rounding is to nearest. Clipping shrinks a group's range where that lowers its squared error: the few largest weights
@@ -114,7 +117,7 @@ def scale_and_zero(
     clip: bool = False,
     importance: Float[Tensor, " d"] | None = None,
 ) -> tuple[Float[Tensor, "o g"], Float[Tensor, "o g"]]:
-    """Scales, rounded to the dtype that keeps them, and codes of zero that fit them.
+    """Scales, rounded as they are kept, and codes of zero that fit them.
 
     Args:
         weight: The matrix.
@@ -149,6 +152,8 @@ def _range(
     scale = 2 * torch.maximum(-low, high) / most if symmetric else (high - low) / most
     # a group of zeros, and one so small that its scale vanishes, are stored as zeros
     scale = scale.to(dtype)
+    half = scale.half()
+    scale = torch.where((half >= torch.finfo(half.dtype).tiny) & half.isfinite(), half.to(dtype), scale)
     scale = torch.where(scale > torch.finfo(dtype).tiny, scale, torch.ones_like(scale))
     zero = torch.full_like(scale, (most + 1) // 2) if symmetric else (-low / scale.float()).round().clamp(0, most)
     return scale, zero

@@ -24,7 +24,7 @@ from ..folders import write_whole
 from ..manifest import MANIFEST
 from .blueprint import Arrays, Blueprint
 
-_LAYOUT = 6
+_LAYOUT = 7
 """Of the packed bytes; to be raised when `native/kernels.h` lays them out in another way, or others are kept."""
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "F32": np.float32}
 _LINE = 64

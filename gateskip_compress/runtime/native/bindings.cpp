@@ -109,7 +109,7 @@ Bytes pack_codes_of(const std::string& kernels, const std::string& kind, Bytes c
           "codes and zero points of " + kind + " are at most " + std::to_string(most));
   const int lanes = kernels_named(kernels).lanes;
   m.short_scales = std::all_of(scale.data(), scale.data() + scale.size(),
-                               [](float x) { const uint16_t half = to_bf16(x); return from_bf16(&half) == x; });
+                               [](float x) { const uint16_t half = to_f16(x); return from_f16(&half) == x; });
   Bytes packed = zeros(m, lanes);
   pack_codes(m, lanes, codes.data(), scale.data(), zero.data(), packed.mutable_data());
   return packed;

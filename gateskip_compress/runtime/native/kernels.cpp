@@ -59,7 +59,7 @@ void pack_codes(const Matrix& m, int lanes, const uint8_t* codes, const float* s
     for (int group = 0; group < groups(m); ++group) {
       const float own = scale[size_t(row) * groups(m) + group];
       if (m.short_scales) {
-        const uint16_t half = to_bf16(own);
+        const uint16_t half = to_f16(own);
         std::memcpy(at + 2 * lane, &half, 2);
       } else {
         std::memcpy(at + 4 * lane, &own, 4);
@@ -82,7 +82,7 @@ void unpack_row(const Matrix& m, int lanes, int row, float* to) {
   for (int group = 0; group < groups(m); ++group) {
     float scale;
     if (m.short_scales)
-      scale = from_bf16(at + 2 * lane);
+      scale = from_f16(at + 2 * lane);
     else
       std::memcpy(&scale, at + 4 * lane, 4);
     const int zero = at[zeros_at(m, lanes) + lane], end = std::min((group + 1) * m.group, all);

@@ -3,7 +3,7 @@
 // A matrix is cut into blocks of `lanes` output rows. Inside a block, neighbouring bytes belong to neighbouring rows, so
 // one vector holds the same columns of every row of the block, and sums need no horizontal additions:
 //
-//   int4  for each group: lanes scales (float, or bfloat16), lanes zero points (byte); then for each 8 columns, for each
+//   int4  for each group: lanes scales (float, or float16), lanes zero points (byte); then for each 8 columns, for each
 //         row, 4 bytes: column c in the low half of byte c, column 4 + c in its high half
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
@@ -43,7 +43,7 @@ enum class Activation { silu, gelu };   // the latter by tanh
 struct Matrix {
   Kind kind = Kind::f32;
   int rows = 0, columns = 0, group = 0;
-  bool short_scales = false;  // of groups: bfloat16
+  bool short_scales = false;  // of groups: float16
   const uint8_t* data = nullptr;
   const float* bias = nullptr;  // one per row, padded to whole blocks; or none
 };

@@ -102,7 +102,7 @@ struct Coded<V, Kind::int8> {
 // Of a group of a block's rows.
 template <class V>
 inline F<V> group_scales(const Matrix& m, const uint8_t* at) {
-  return m.short_scales ? V::bf16(reinterpret_cast<const uint16_t*>(at)) : V::load(reinterpret_cast<const float*>(at));
+  return m.short_scales ? V::f16(reinterpret_cast<const uint16_t*>(at)) : V::load(reinterpret_cast<const float*>(at));
 }
 
 template <class C, class Codes>

@@ -234,8 +234,10 @@ void Model::attention(const Call& call, int index, int thread) {
     const int heads = layer.heads + layer.kv_heads;
     const auto [begin, end] = split(static_cast<int>(lists.all.size()) * heads, thread);
     for (int i = begin; i < end; ++i) place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
-    team_.wait();
-    prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
+    if (apart_ || !lists.kept.empty()) {  // else none needs what the others placed before another layer's tokens do
+      team_.wait();
+      prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
+    }
   } else {
     meet();
   }

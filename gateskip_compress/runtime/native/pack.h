@@ -6,7 +6,7 @@
 namespace gateskip {
 
 // Codes (rows, columns), one byte each; scales and zero points (rows, groups). `to` holds all blocks, and is zeros. Scales
-// are kept as bfloat16 where the matrix says so: they must be such.
+// are kept as float16 where the matrix says so: they must be such.
 void pack_codes(const Matrix& shape, int lanes, const uint8_t* codes, const float* scale, const uint8_t* zero,
                 uint8_t* to);
 // Floats (rows, columns), kept as they are or rounded to bf16.
@@ -47,6 +47,22 @@ inline uint16_t to_f16(float value) {
     return static_cast<uint16_t>(sign | (bits - 0x3f000000));
   }
   return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+
+inline float from_f16(const void* at) {
+  uint16_t half;
+  __builtin_memcpy(&half, at, sizeof half);
+  const uint32_t size = half & 0x7fff;
+  // with the exponent where float has it, 112 too low; above the numbers, where both have infinity
+  const uint32_t shifted = size << 13, beyond = size >= 0x7c00 ? 0x7f800000 : 0, sign = uint32_t(half & 0x8000) << 16;
+  float value;
+  __builtin_memcpy(&value, &shifted, sizeof value);
+  value *= 0x1p112f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits |= beyond | sign;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 }  // namespace gateskip
