@@ -231,9 +231,10 @@ void Model::attention(const Call& call, int index, int thread) {
     }
     meet();
     const uint8_t* keep = keep_.data() + size_t(2 * index) * window;
-    const int heads = layer.heads + layer.kv_heads;
-    const auto [begin, end] = split(static_cast<int>(lists.all.size()) * heads, thread);
-    for (int i = begin; i < end; ++i) place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
+    const int heads = layer.heads + layer.kv_heads, all = static_cast<int>(lists.all.size()) * heads;
+    // in turn: a head of keys and values takes longer than one of queries
+    for (int i = apart_ ? 0 : thread; i < all; i += apart_ ? 1 : team_.size())
+      place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
     if (apart_ || !lists.kept.empty()) {  // else none needs what the others placed before another layer's tokens do
       team_.wait();
       prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
