@@ -30,6 +30,7 @@ _TYPES = {"U8": np.uint8, "U16": np.uint16, "F32": np.float32}
 _LINE = 64
 """Bytes of a cache line."""
 _LOTS = 8
+"""Of arrays, which threads take one by one."""
 _Made = TypeVar("_Made")
 
 
@@ -63,10 +64,12 @@ class Packed:
 
         Decoding reads all of it at every token; in pages of 4 KB a tenth of a step goes to looking up addresses.
         """
-        ends = np.cumsum([-(-array.nbytes // _LINE) * _LINE for array in self.arrays.values()], dtype=np.int64)
-        piece = np.empty(int(ends[-1]) + _LINE, np.uint8)
+        begins, size = {}, 0
+        for name, array in self.arrays.items():
+            begins[name] = size
+            size += -(-array.nbytes // _LINE) * _LINE
+        piece = np.empty(size + _LINE, np.uint8)
         piece = piece[-piece.ctypes.data % _LINE :]
-        begins = dict(zip(self.arrays, (0, *ends[:-1].tolist()), strict=True))
 
         def copied(name: str) -> np.ndarray:
             array, begin = self.arrays[name], begins[name]

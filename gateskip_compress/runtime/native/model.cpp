@@ -235,7 +235,7 @@ void Model::attention(const Call& call, int index, int thread) {
     // in turn: a head of keys and values takes longer than one of queries
     for (int i = apart_ ? 0 : thread; i < all; i += apart_ ? 1 : team_.size())
       place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
-    if (apart_ || !lists.kept.empty()) {  // else none needs what the others placed before another layer's tokens do
+    if (apart_ || !lists.kept.empty()) {  // else nobody reads what was placed before all have met again
       team_.wait();
       prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
     }
