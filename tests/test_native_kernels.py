@@ -364,7 +364,7 @@ def close_attention(kernels, found, query, kept, begins, ends, rounding):
 
 @pytest.mark.parametrize("element", ["f32", "f16", "int8"])
 @given(
-    seen=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 600)), min_size=1, max_size=4),
+    seen=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 600)), min_size=1, max_size=12),
     sixteens=st.integers(1, 9),
     sharp=st.floats(0.01, 20),
     seed=st.integers(0, 2**32 - 1),

@@ -235,7 +235,7 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
   const int count = static_cast<int>(query.shape(0)), d = static_cast<int>(query.shape(1)),
             positions = static_cast<int>(keys.shape(0)), runs = runs_of(positions),
             size = Queries::part_size(d);
-  check(prompt || count <= kMostQueries, "at most 4 queries");
+  check(prompt || count <= kMostQueries, "at most " + std::to_string(kMostQueries) + " queries");
   check(d % run.lanes == 0, "head width must be a multiple of " + std::to_string(run.lanes));
   for (int i = 0; i < count; ++i)
     check(begin.at(i) >= 0 && begin.at(i) < end.at(i) && end.at(i) <= positions, "begin and end are out of range");

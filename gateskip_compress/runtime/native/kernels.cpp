@@ -77,8 +77,10 @@ void pack_codes(const Matrix& m, int lanes, const uint8_t* codes, const float* s
 }
 
 void unpack_row(const Matrix& m, int lanes, int row, float* to) {
-  const int step = m.kind == Kind::int4 ? 8 : 4, all = padded(m.columns, kChunk), lane = row % lanes;
+  const bool four = m.kind == Kind::int4;
+  const int all = padded(m.columns, kChunk), lane = row % lanes;
   const uint8_t* at = m.data + row / lanes * block_bytes(m, lanes);
+  uint8_t codes[kChunk];  // gathered first: each lies in another cache line, and these are to come at once
   for (int group = 0; group < groups(m); ++group) {
     float scale;
     if (m.short_scales)
@@ -87,12 +89,18 @@ void unpack_row(const Matrix& m, int lanes, int row, float* to) {
       std::memcpy(&scale, at + 4 * lane, 4);
     const int zero = at[zeros_at(m, lanes) + lane], end = std::min((group + 1) * m.group, all);
     at += codes_at(m, lanes);
-    for (int column = group * m.group; column < end; column += step, at += 4 * lanes)
-      for (int i = 0; i < step && column + i < m.columns; ++i) {
-        const uint8_t byte = at[4 * lane + i % 4];
-        const int code = m.kind == Kind::int8 ? byte : i < 4 ? byte & 15 : byte >> 4;
-        to[column + i] = scale * static_cast<float>(code - zero);
+    for (int column = group * m.group; column < end; column += kChunk) {
+      for (int i = 0; i < kChunk; at += 4 * lanes) {
+        uint32_t quad;
+        std::memcpy(&quad, at + 4 * lane, 4);
+        for (int half = 0; half <= four; ++half, i += 4) {
+          const uint32_t own = four ? quad >> 4 * half & 0x0f0f0f0f : quad;
+          std::memcpy(codes + i, &own, 4);
+        }
       }
+      const int count = std::min(kChunk, m.columns - column);
+      for (int i = 0; i < count; ++i) to[column + i] = scale * static_cast<float>(codes[i] - zero);
+    }
   }
 }
 

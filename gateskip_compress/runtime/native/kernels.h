@@ -31,7 +31,7 @@ constexpr int kCoarser = 256;    // steps of `fine` in one of `q`
 constexpr int kMost = 127;       // of `q`
 constexpr int kMostFine = kMost * kCoarser + 127;
 constexpr int kKeyGroup = 32;    // channels of a head's keys of 8 bits that share a scale
-constexpr int kMostQueries = 4;  // that one call of `attend` takes
+constexpr int kMostQueries = 12;  // that one call of `attend` takes
 constexpr int kRun = 256;        // positions that it takes; a multiple of kMostLanes
 constexpr int kMostLanes = 16;   // of all kernels
 

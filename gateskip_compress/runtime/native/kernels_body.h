@@ -564,14 +564,14 @@ constexpr bool scaled = sizeof(E) == 1;
 
 inline int key_groups(int head_dim) { return (head_dim + kKeyGroup - 1) / kKeyGroup; }
 
-// Vectors that Q queries share, so that 8 to 12 sums are under way and stay in registers.
-template <int Q>
-constexpr int together = Q == 3 ? 4 : 8 / Q;
+// Vectors that Q queries share, so that 8 sums or more are under way and stay in registers, of which AVX-512 has twice as many.
+template <class V, int Q>
+constexpr int together = Q == 3 ? 4 : Q < 8 ? (8 + Q - 1) / Q : V::lanes > 8 ? 2 : 1;
 
 // As `element`, and fetches what is as many positions further as Q queries' scores are computed of at once.
 template <class V, int Q, class E>
 inline F<V> next(const E* at, int head_dim) {
-  __builtin_prefetch(at + together<Q> * V::lanes * head_dim);
+  __builtin_prefetch(at + together<V, Q> * V::lanes * head_dim);
   return element<V>(at);
 }
 
@@ -585,10 +585,10 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
   const int width = to.head_dim;
   const auto add = [&](int begin, int end, F<V> (&own)[B][Q]) {
     for (int d = begin; d < end; ++d)
-      for (int b = 0; b < B; ++b) {
+      unrolled<B>([&](auto b) {
         const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
-        for (int i = 0; i < Q; ++i) own[b][i] = V::fma(V::set(query[i][d]), k, own[b][i]);
-      }
+        unrolled<Q>([&](auto i) { own[b][i] = V::fma(V::set(query[i][d]), k, own[b][i]); });
+      });
   };
   if constexpr (scaled<E>) {
     const int groups = key_groups(width);
@@ -635,18 +635,17 @@ inline void mix(const Queries& to, int first, int column, int begin, int end, co
     for (int w = 0; w < W; ++w) sums[i][w] = V::load(to.part[first + i] + column + w * V::lanes);
   const E* values = static_cast<const E*>(to.values) + column;
   for (int p = begin; p < end; ++p)
-    for (int w = 0; w < W; ++w) {
+    unrolled<W>([&](auto w) {
       const F<V> v = next<V, Q>(values + size_t(p) * to.head_dim + w * V::lanes, to.head_dim);
-      for (int i = 0; i < Q; ++i)
-        sums[i][w] = V::fma(V::set(weights[i][p]), v, sums[i][w]);
-    }
+      unrolled<Q>([&](auto i) { sums[i][w] = V::fma(V::set(weights[i][p]), v, sums[i][w]); });
+    });
   for (int i = 0; i < Q; ++i)
     for (int w = 0; w < W; ++w) V::store(to.part[first + i] + column + w * V::lanes, sums[i][w]);
 }
 
 template <class V, class E, int Q>
 inline void mix_all(const Queries& to, int first, int begin, int end, const float (*weights)[kRun]) {
-  constexpr int W = together<Q>;
+  constexpr int W = together<V, Q>;
   if (begin >= end) return;
   int column = 0;
   for (; column + W * V::lanes <= to.head_dim; column += W * V::lanes)
@@ -666,7 +665,7 @@ void attend_some(const Queries& to, int first) {
     latest = ends[i] > latest ? ends[i] : latest;
   }
   end = end > begin ? end : begin;  // all queries see [begin, end)
-  constexpr int B = together<Q>;
+  constexpr int B = together<V, Q>;
   const int blocks = (latest + V::lanes - 1) / V::lanes;
   float weights[Q][kRun];
   int block = earliest / V::lanes;
@@ -685,23 +684,19 @@ void attend_some(const Queries& to, int first) {
   for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, end > begins[i] ? end : begins[i], ends[i], weights + i);
 }
 
-template <class V, class E>
-void attend_all(const Queries& to) {
-  int first = 0;
-  for (; first + 4 <= to.count; first += 4) attend_some<V, E, 4>(to, first);
-  switch (to.count - first) {
-    case 3: return attend_some<V, E, 3>(to, first);
-    case 2: return attend_some<V, E, 2>(to, first);
-    case 1: return attend_some<V, E, 1>(to, first);
-  }
+// So many queries at once, as long as there are, then fewer.
+template <class V, class E, int Q, int... fewer>
+void attend_all(const Queries& to, int first = 0) {
+  for (; first + Q <= to.count; first += Q) attend_some<V, E, Q>(to, first);
+  if constexpr (sizeof...(fewer) > 0) attend_all<V, E, fewer...>(to, first);
 }
 
 template <class V>
 void attend(const Queries& to, Element element) {
   switch (element) {
-    case Element::f32: return attend_all<V, float>(to);
-    case Element::f16: return attend_all<V, uint16_t>(to);
-    case Element::int8: return attend_all<V, int8_t>(to);
+    case Element::f32: return attend_all<V, float, 12, 6, 4, 3, 2, 1>(to);
+    case Element::f16: return attend_all<V, uint16_t, 12, 6, 4, 3, 2, 1>(to);
+    case Element::int8: return attend_all<V, int8_t, 12, 6, 4, 3, 2, 1>(to);
   }
 }
 

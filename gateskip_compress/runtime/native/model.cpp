@@ -534,23 +534,25 @@ void Model::read_out(const Call& call, int thread) {
   int tokens[kLogits];
   std::iota(tokens, tokens + kLogits, 0);
   const bool quick = quick_head.data && !call.logits, exact = !quick && !exact_head.data;
+  Activations inputs = normed_;
+  if (quick) inputs.fine = nullptr;  // its weights err more than 8 bits do
   for (int first = 0; first < call.wanted; first += kLogits) {
     const int count = std::min(kLogits, call.wanted - first);
     const auto [begin, end] = share(count, thread);
     for (int i = begin; i < end; ++i) {
       const float* stream = hidden_ + size_t(call.want[first + i]) * shape.width;
-      kernels.norm(stream, norm.data(), shape.width, shape.eps, normed_.floats(i));
-      kernels.quantize(normed_, i, 0, shape.width);
+      kernels.norm(stream, norm.data(), shape.width, shape.eps, inputs.floats(i));
+      kernels.quantize(inputs, i, 0, shape.width);
     }
     team_.wait();
     float* logits = call.logits ? call.logits + size_t(first) * size : logits_;
     const auto [from, to] = share((size + kernels.lanes - 1) / kernels.lanes, thread);
     const Product product{quick ? &quick_head : &head, from, to, {logits, size_t(size)}};
-    kernels.multiply(&product, 1, normed_, tokens, count);
+    kernels.multiply(&product, 1, inputs, tokens, count);
     for (int i = 0; i < count; ++i)
       best_[thread * kLogits + i] =
           largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),
-                  exact, normed_.floats(i), row_ + size_t(thread) * shape.width);
+                  exact, inputs.floats(i), row_ + size_t(thread) * shape.width);
     team_.wait();
     for (int i = begin; i < end; ++i) {
       const float* row = logits + size_t(i) * size;
