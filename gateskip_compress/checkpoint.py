@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,6 +27,7 @@ from .errors import CheckpointError
 from .folders import written_whole
 from .manifest import FORMAT, MANIFEST, METHOD, checked_manifest, file_sha256
 from .model import keep_softcap
+from .quantization.linear import QuantizedLinear
 from .step import Stage, Transform
 from .transforms import build
 
@@ -199,6 +202,14 @@ class GateSkipQuantizer(HfQuantizer):
         _align(model)
         attach(model, self._manifest)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """All tensors; scales of groups in float16 where that loses nothing, whatever dtype they are loaded to."""
+        state = model.state_dict()
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear) and torch.equal(layer.scale.half().to(layer.scale), layer.scale):
+                state[f"{name}.scale"] = layer.scale.half()
+        return state, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Yes."""

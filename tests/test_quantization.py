@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tiny_models import CALIBRATION, DEVICE, compress, tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -316,6 +317,25 @@ def test_embedding_and_head_in_few_bits(family, tied, tmp_path):
             assert torch.equal(loaded(ids).logits, model(ids).logits)
     stored = sum(part.numel() for name, part in loaded.state_dict().items() if name.endswith(".codes"))
     assert stored == (1 if tied else 2) * reference.get_output_embeddings().weight.numel()
+
+
+def test_scales_are_stored_as_the_float16_numbers_that_they_are(tmp_path):
+    """All but those that are none: theirs are kept in full."""
+    model = compress(tiny(), g.Quantize(solver="nearest"))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    odd = next(iter(layers))
+    layers[odd].scale.mul_(1 + 1e-6)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(f"{name}.scale") for name in layers}
+    assert {name: scale.dtype for name, scale in stored.items()} == dict.fromkeys(layers, torch.float16) | {
+        odd: torch.float32
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    for name, layer in layers.items():
+        own = loaded.get_submodule(name).scale
+        assert own.dtype == torch.float32
+        assert torch.equal(own, layer.scale)
 
 
 def test_bits_of_that_leave_nothing_or_ask_twice_are_refused():
