@@ -2,19 +2,36 @@
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..speculation.scores import of_rows
 from .extension import extension
 from .lowered import Lowered
 from .texts import Chooser, Ends
+
+_LIMITS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+"""What `draw` limits itself by, in its order, which is transformers'."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +53,25 @@ class Processed(Chooser):
         """Whether there are any."""
         return len(self.processors) > 0
 
+    @cached_property
+    def _apart(self) -> tuple[LogitsProcessorList, dict[str, float]]:
+        return apart(self.processors)
+
     def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
         """The token after a text."""
+        others, limits = self._apart
+        if self.sampled and not others:
+            return extension().draw(self.session.kernels, logits, _chances(1)[0], **limits)
         rows = torch.from_numpy(ids[None]), torch.from_numpy(logits[None])
         return int(choose(self.session, *rows, self.processors, sampled=self.sampled))
 
     def likeliest(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " u"]) -> tuple[int, float]:
         """A draft's best token, out of the first entries of the vocabulary, and its share of the softmax."""
         beyond = (0, self.session.vocabulary - len(logits))
-        scores = self.processors(
+        others, limits = self._apart
+        scores = others(
             torch.from_numpy(ids[None]), F.pad(torch.from_numpy(logits[None]), beyond, value=-torch.inf)
-        )
+        ) / limits.get("temperature", 1.0)
         top = scores.softmax(dim=-1)[0].max(dim=-1)
         return int(top.indices), float(top.values.nan_to_num(0.0))
 
@@ -81,9 +106,30 @@ def choose(
     sampled: bool,
 ) -> Int[Tensor, " b"]:
     """The next token of each sequence, as transformers chooses it; drawn by torch's global generator."""
-    scores = processors(ids, logits)
     if not sampled:
-        return scores.argmax(dim=-1)
-    chances = torch.rand(len(scores), dtype=torch.float64).tolist()
-    draw, rows = extension().draw, scores.float().numpy()
-    return torch.tensor([draw(session.kernels, row, chance) for row, chance in zip(rows, chances, strict=True)])
+        return processors(ids, logits).argmax(dim=-1)
+    others, limits = apart(processors)
+    rows = others(ids, logits).float().numpy()
+    draw = partial(extension().draw, session.kernels, **limits)
+    return torch.tensor([draw(row, chance) for row, chance in zip(rows, _chances(len(rows)), strict=True)])
+
+
+def _chances(count: int) -> list[float]:
+    """By torch's global generator."""
+    return torch.rand(count, dtype=torch.float64).tolist()
+
+
+def apart(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, dict[str, float]]:
+    """Processors, and what `draw` does in place of the last of them: transformers' own sort all the vocabulary."""
+    names = [_LIMITS.get(type(one)) if _usual(one) else None for one in processors]
+    first, before = len(names), list(_LIMITS.values())
+    while first and (name := names[first - 1]) in before:
+        first, before = first - 1, before[: before.index(name)]
+    limits = {name: getattr(one, name) for one, name in zip(processors[first:], names[first:], strict=True) if name}
+    return LogitsProcessorList(processors[:first]), limits
+
+
+def _usual(processor: Any) -> bool:
+    """Whether it leaves one token at least, and others no chance."""
+    least, filled = getattr(processor, "min_tokens_to_keep", 1), getattr(processor, "filter_value", -torch.inf)
+    return least == 1 and filled == -torch.inf

@@ -39,7 +39,7 @@ class Tempered(Chooser):
         del ids
         high, low = self._numbers.randint(0, 2**32, 2, dtype=np.uint32).tolist()
         chance = ((high << 32 | low) & (2**53 - 1)) / 2**53
-        return extension().draw(self._session.kernels, logits / self._temperature, chance)
+        return extension().draw(self._session.kernels, logits, chance, temperature=self._temperature)
 
     def likeliest(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " u"]) -> tuple[int, float]:
         """A draft's best token, and its share of the softmax."""

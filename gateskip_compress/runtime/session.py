@@ -23,9 +23,10 @@ from ..speculation.acceptance import Acceptance
 from ..speculation.decode import side_by_side
 from ..speculation.scores import check_processors
 from ..speculation.transform import control_of, settings_of
-from .choosing import choose, choosers, ends_of
+from .choosing import apart, choose, choosers, ends_of
 from .greedy import Greedy
 from .lowered import Lowered, Step
+from .sampling import draw_round
 from .speculate import Speculator
 from .texts import Text, grow, prompts
 
@@ -117,6 +118,8 @@ class Session(Lowered):
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), sampled=sampled, runtime="native")
                 decode = Speculator(greedy, control, counts).round
+            elif sampled and len(input_ids) == 1 and not apart(logits_processor)[0]:
+                decode = partial(draw_round, self)
             elif sampled or logits_processor or (streamer is not None and len(input_ids) > 1):
                 return self._together(
                     input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer

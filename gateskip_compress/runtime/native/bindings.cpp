@@ -13,6 +13,7 @@
 #include "model.h"
 #include "pack.h"
 #include "passages.h"
+#include "sampling.h"
 
 namespace py = pybind11;
 
@@ -207,9 +208,13 @@ float exp_sum(const std::string& kernels, Floats x, float top) {
   return kernels_named(kernels).exp_sum(x.data(), static_cast<int>(x.size()), top);
 }
 
-int draw(const std::string& kernels, Floats scores, double chance) {
+int draw_of(const std::string& kernels, Floats scores, double chance, float temperature, int top_k, float top_p,
+            float min_p) {
   check(scores.size() > 0 && chance >= 0 && chance < 1, "a draw takes scores, and a chance from 0 to below 1");
-  const int found = kernels_named(kernels).draw(scores.data(), static_cast<int>(scores.size()), chance);
+  check(temperature > 0 && top_k >= 0 && top_p >= 0 && min_p >= 0 && min_p <= 1,
+        "a temperature is above 0, top_k and top_p are at least 0, min_p is from 0 to 1");
+  std::vector<float> own(scores.data(), scores.data() + scores.size());
+  const int found = draw(kernels_named(kernels), own, {temperature, top_p, min_p, top_k}, chance);
   check(found >= 0, "no token can be drawn: scores are not numbers, or all of them are -inf");
   return found;
 }
@@ -533,7 +538,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"));
   m.def("norm", &norm);
   m.def("exp_sum", &exp_sum);
-  m.def("draw", &draw);
+  m.def("draw", &draw_of, py::arg("kernels"), py::arg("scores"), py::arg("chance"), py::arg("temperature") = 1,
+        py::arg("top_k") = 0, py::arg("top_p") = 1, py::arg("min_p") = 0);
   m.def("glu", &glu);
   m.def("attend", &attend, py::arg("kernels"), py::arg("query"), py::arg("keys"), py::arg("values"),
         py::arg("begin"), py::arg("end"), py::arg("element"), py::arg("prompt") = false);
