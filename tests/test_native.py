@@ -22,7 +22,7 @@ from gateskip_compress.gating.turning import decisions, dial_of, drafting
 from gateskip_compress.model import blocks, remove
 from gateskip_compress.quantization.linear import QuantizedLinear, unpacked
 from gateskip_compress.runtime import choose_runtime, doctor, extension, lower
-from gateskip_compress.runtime.lowered import Lowered
+from gateskip_compress.runtime.lowered import Draws, Lowered
 from gateskip_compress.runtime.packed import Packed
 from gateskip_compress.speculation.acceptance import Acceptance
 from gateskip_compress.speculation.control import Control
@@ -505,6 +505,50 @@ def test_speculation_draws_what_plain_decoding_draws(small, session, extra):
         assert torch.equal(found, expected)
     assert counts.drafted > 0
     assert "repetition_penalty" in extra or counts.accepted > 0
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [dict(top_k=0), dict(top_k=7), dict(top_p=0.8), dict(min_p=0.1, temperature=2.0), dict(top_k=9, top_p=0.6)],
+)
+def test_tokens_drawn_inside_are_those_drawn_step_by_step(small, session, monkeypatch, limits):
+    """Step by step by transformers' processors, as one stands behind them; inside, plainly and looking passages up."""
+    monkeypatch.setattr(small, "speculation_controls", {}, raising=False)
+    counts = Acceptance()
+    for seed in range(3):
+        ids = tokens(1, 9, seed=80 + seed).repeat(1, 3)
+        settings = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.4} | limits
+        found = []
+        for how in (dict(renormalize_logits=True), {}, dict(speculate=True, drafts="look-up", acceptance=counts)):
+            torch.manual_seed(seed)
+            found.append((session.generate(ids, **settings, **how), torch.rand(1)))
+        for text, random in found[1:]:
+            assert torch.equal(text, found[0][0])
+            assert torch.equal(random, found[0][1])  # as many numbers were taken
+    assert counts.plain_steps > 0
+
+
+def test_scores_that_are_no_numbers_are_told_from_inside(small, session):
+    class Off(Draws):
+        limits, spent = {}, 0
+
+        def ahead(self, count):
+            return np.full(count, 0.5)
+
+        def spend(self, count):
+            self.spent += count
+
+    held, draws = small.model.norm.weight.detach().clone(), Off()
+    text, guesses = np.array([1, 2, 3]), np.zeros(1, dtype=np.int32)
+    ends = np.array([], dtype=np.int32)
+    for weight, error in ((held, None), (held * torch.nan, "no token can be drawn: scores are not numbers")):
+        small.model.norm.weight.data.copy_(weight)
+        own = lower(small, context_tokens=32)
+        small.model.norm.weight.data.copy_(held)
+        own.prefill(text[:-1])
+        with pytest.raises(ValueError, match=error) if error else nullcontext():
+            own.speculate(text, 0, guesses, True, 5, 1.0, ends, draws)
+    assert draws.spent == 5
 
 
 def test_speculation_by_looking_up_needs_no_gates_and_fills_the_cache_to_its_end():

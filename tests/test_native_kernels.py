@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 native = pytest.importorskip("gateskip_compress.runtime._native", reason="the extension is not built")
@@ -345,11 +345,63 @@ def test_draw(kernels, count, spread, left_out, seed):
         )
 
 
+def left_by(scores, temperature, top_k, top_p, min_p):
+    """Weights of what limits leave one after the other, in float64, and how near to another choice one of them came."""
+    x = (scores / np.float32(temperature)).astype(float)
+    if top_k:
+        x[x < np.sort(x)[-min(top_k, len(x))]] = -np.inf
+    weights = np.exp(x - x.max())
+    order = np.argsort(-weights)
+    before = np.cumsum(weights[order]) - weights[order]
+    edges = [1.0]
+    edges += list(before / weights.sum() - top_p) if top_p < 1 else []
+    edges += list(weights - min_p) if min_p else []
+    left = weights.copy()
+    if top_p < 1:
+        left[order[1:][before[1:] >= top_p * weights.sum()]] = 0
+    left[weights < min_p] = 0
+    return left, np.abs(edges).min()
+
+
+@given(
+    count=st.one_of(st.integers(1, 200), st.just(3000)),
+    spread=st.floats(0.1, 30),
+    temperature=st.sampled_from([1, 0.7, 2.5]),
+    top_k=st.one_of(st.just(0), st.integers(1, 300)),
+    top_p=st.one_of(st.just(1), st.floats(0.01, 1)),
+    min_p=st.one_of(st.just(0), st.floats(0.01, 0.99)),
+    left_out=st.floats(0, 0.9),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_draw_within_limits(count, spread, temperature, top_k, top_p, min_p, left_out, seed):
+    rng = np.random.default_rng(seed)
+    scores = (spread * rng.standard_normal(count)).astype(np.float32)
+    scores[rng.permutation(count)[: int(left_out * count)]] = -np.inf
+    weights, near = left_by(scores, temperature, top_k, top_p, min_p)
+    assume(near > 1e-5 or (min_p == 0 and top_p == 1))
+    below = np.cumsum(weights)
+    for kernels in KERNELS:
+        for chance in (0, *rng.random(20), 1 - 2**-53):
+            found = native.draw(kernels, scores, chance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            assert weights[found] > 0
+            before, after = (below[found - 1] if found else 0), below[found]
+            assert before - 1e-5 * below[-1] <= chance * below[-1] <= after * (1 + 1e-5) + 1e-30
+
+
+@pytest.mark.parametrize("limits", [dict(temperature=0), dict(top_k=-1), dict(top_p=-0.1), dict(min_p=1.5)])
+def test_limits_that_leave_nothing_are_refused(limits):
+    with pytest.raises(ValueError, match="a temperature is above 0, top_k and top_p are at least 0"):
+        native.draw("portable", np.ones(3, dtype=np.float32), 0.5, **limits)
+
+
 @pytest.mark.parametrize("scores", [[-np.inf, -np.inf], [0, np.nan], [np.inf, 0], [np.nan] * 70])
 def test_what_has_no_chances_is_not_drawn_from(scores):
     for kernels in KERNELS:
         with pytest.raises(ValueError, match="no token can be drawn"):
             native.draw(kernels, np.array(scores, dtype=np.float32), 0.5)
+        with pytest.raises(ValueError, match="no token can be drawn"):
+            native.draw(kernels, np.array(scores, dtype=np.float32), 0.5, top_p=0.9)
 
 
 def close_attention(kernels, found, query, kept, begins, ends, rounding):

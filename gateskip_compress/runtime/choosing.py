@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..speculation.scores import of_rows
 from .extension import extension
-from .lowered import Lowered
+from .lowered import Draws, Lowered
 from .texts import Chooser, Ends
 
 _LIMITS = {
@@ -32,6 +32,24 @@ _LIMITS = {
     MinPLogitsWarper: "min_p",
 }
 """What `draw` limits itself by, in its order, which is transformers'."""
+
+
+@dataclass(frozen=True)
+class _Drawn(Draws):
+    """By torch's global generator."""
+
+    limits: dict[str, float]
+
+    def ahead(self, count: int) -> Float[np.ndarray, " c"]:
+        """The next chances."""
+        state = torch.get_rng_state()
+        found = np.array(_chances(count))
+        torch.set_rng_state(state)
+        return found
+
+    def spend(self, count: int) -> None:
+        """Go on behind them."""
+        _chances(count)
 
 
 @dataclass(frozen=True)
@@ -57,11 +75,14 @@ class Processed(Chooser):
     def _apart(self) -> tuple[LogitsProcessorList, dict[str, float]]:
         return apart(self.processors)
 
+    @property
+    def draws(self) -> Draws | None:
+        """Where processors do no more than `draw` can."""
+        others, limits = self._apart
+        return _Drawn(limits) if self.sampled and not others else None
+
     def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
         """The token after a text."""
-        others, limits = self._apart
-        if self.sampled and not others:
-            return extension().draw(self.session.kernels, logits, _chances(1)[0], **limits)
         rows = torch.from_numpy(ids[None]), torch.from_numpy(logits[None])
         return int(choose(self.session, *rows, self.processors, sampled=self.sampled))
 

@@ -53,6 +53,22 @@ class Passes:
     seconds: Float[np.ndarray, " p"]
 
 
+class Draws(ABC):
+    """Chances by which tokens are drawn, and the limits that `draw` takes besides."""
+
+    limits: dict[str, float]
+
+    @abstractmethod
+    def ahead(self, count: int) -> Float[np.ndarray, " c"]:
+        """The next chances, from 0 to below 1; they stay the next ones."""
+        ...
+
+    @abstractmethod
+    def spend(self, count: int) -> None:
+        """Go on behind so many."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lowered(ABC):
     """A lowered model and its cache. It runs at the budget that its dial is set to.
@@ -211,8 +227,9 @@ class Lowered(ABC):
         most: int,
         seconds: float,
         ends: Int[np.ndarray, " e"],
+        draws: "Draws | None" = None,
     ) -> Passes:
-        """Decode greedily in one call, verifying what followed when the text's last tokens stood there before.
+        """Decode one text in one call, verifying what followed when the text's last tokens stood there before.
 
         Args:
             text: One token at least; the cache holds the others.
@@ -222,11 +239,16 @@ class Lowered(ABC):
             most: Tokens to come, at most.
             seconds: After which no pass begins.
             ends: Tokens after which none begins either.
+            draws: How tokens are drawn; None takes the best.
         """
-        thresholds = self._thresholds(None)
+        thresholds, drawing = self._thresholds(None), {}
+        if draws is not None:
+            drawing = {"chances": draws.ahead(most), **draws.limits}
         tokens, passes, took = self.native.speculate(
-            text.astype(np.int32), row, thresholds, guesses, plainly, most, seconds, ends
+            text.astype(np.int32), row, thresholds, guesses, plainly, most, seconds, ends, **drawing
         )
+        if draws is not None:
+            draws.spend(len(tokens))
         return Passes(tokens, *passes.T, took)
 
     def _thresholds(self, draft: float | None) -> Float[np.ndarray, " n"] | None:

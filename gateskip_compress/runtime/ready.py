@@ -8,7 +8,6 @@ slower.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -24,11 +23,11 @@ from ..speculation.acceptance import Acceptance
 from ..speculation.control import DRAFT_TOKENS, NO_GATES, Control, draft_budgets
 from .blueprint import Builder
 from .extension import extension, fitting_kernels
-from .greedy import Greedy
 from .lowered import Lowered
 from .packed import Packed, PackedFile
+from .plain import Plain
 from .prompt import SAMPLE, Printer, Words
-from .sampling import SEEDS, Tempered, draw_round
+from .sampling import SEEDS, Tempered
 from .speculate import Speculator
 from .texts import Ends, grow, prompts
 
@@ -101,13 +100,13 @@ def generate_ready(
     if budget is not None and session.gates is not None:
         session.gates.set(budget)
     ends, counts = Ends(len(ids) + new_tokens, checkpoint.ends), Acceptance()
-    greedy = Greedy(session, ends)
+    plain = Plain(session, ends)
     chooser = Tempered(session, temperature, seed) if temperature > 0 else None
-    decode = greedy.round if chooser is None else partial(draw_round, session)
+    decode = plain.round
     if speculate:
         if session.gates is None:
             tell(NO_GATES)
-        decode = Speculator(greedy, _control(checkpoint, session), counts).round
+        decode = Speculator(plain, _control(checkpoint, session), counts).round
     texts = prompts([np.array(ids)], [0], len(ids) + new_tokens, [chooser])
     printer = None if put is None else Printer(checkpoint.words, put)
     (text,) = grow(session, texts, decode, ends, printer.add if printer else lambda _: None)

@@ -24,9 +24,8 @@ from ..speculation.decode import side_by_side
 from ..speculation.scores import check_processors
 from ..speculation.transform import control_of, settings_of
 from .choosing import apart, choose, choosers, ends_of
-from .greedy import Greedy
 from .lowered import Lowered, Step
-from .sampling import draw_round
+from .plain import Plain
 from .speculate import Speculator
 from .texts import Text, grow, prompts
 
@@ -107,8 +106,8 @@ class Session(Lowered):
         padding = _padding(input_ids, model_kwargs.get("attention_mask"))
         with _torch_in_one_thread():
             ends = ends_of(stopping_criteria)
-            greedy = Greedy(self, ends)
-            decode: Callable[[list[Text]], list[int]] = greedy.round
+            plain = Plain(self, ends)
+            decode: Callable[[list[Text]], list[int]] = plain.round
             if speculate:
                 given = {"draft_budget": draft_budget, "draft_tokens": draft_tokens, "drafts": drafts, "adapt": adapt}
                 settings = settings_of(self.model, given)
@@ -117,10 +116,8 @@ class Session(Lowered):
                     raise ValueError(f"a streamer follows one sequence, got {len(input_ids)}")
                 counts = acceptance if acceptance is not None else Acceptance()
                 control = control_of(self.model, settings, len(input_ids), sampled=sampled, runtime="native")
-                decode = Speculator(greedy, control, counts).round
-            elif sampled and len(input_ids) == 1 and not apart(logits_processor)[0]:
-                decode = partial(draw_round, self)
-            elif sampled or logits_processor or (streamer is not None and len(input_ids) > 1):
+                decode = Speculator(plain, control, counts).round
+            elif (len(input_ids) > 1 and (sampled or streamer is not None)) or apart(logits_processor)[0]:
                 return self._together(
                     input_ids, padding, logits_processor, stopping_criteria, generation_config, streamer
                 )

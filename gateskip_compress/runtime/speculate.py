@@ -6,7 +6,8 @@ gates. A call of k tokens gives the bits of k calls of one, so the text is plain
 same seed (in batches, where rows draw in turn, from the same distribution). There a guess stands if it is the token
 that plain decoding draws: as likely as by speculative sampling (arXiv 2211.17192), since a guess is certain to be
 guessed. What was guessed wrong stays in the cache beyond the text's end, where nobody looks before it is written over.
-Where one text is decoded greedily, passages and plain steps go inside the native model, some rounds to a call.
+Passages and plain steps of one text go inside the native model, some rounds to a call, where nothing but limits of
+drawing decides on its tokens.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,9 +19,9 @@ from ..speculation.acceptance import Acceptance
 from ..speculation.control import Clock, Control, Drafter, looked_up, sure, take_in
 from ..speculation.lookup import LONGEST, look_up, worth_taking
 from .extension import extension
-from .greedy import CALL_S, Greedy
 from .lowered import Step
-from .texts import Text, choice, lasts
+from .plain import CALL_S, Plain
+from .texts import Text, choice, chosen_inside, lasts
 
 Guesses = tuple[Drafter | None, list[list[Hashable]]]
 """Who guessed, and the evidence of each token of each row; nobody is a plain step. Tokens stand behind the texts."""
@@ -30,7 +31,7 @@ class Speculator:
     """Decodes texts round by round.
 
     Args:
-        greedy: Makes plain steps where nobody guesses, and has the session.
+        plain: Makes plain steps where nobody guesses, and has the session.
         control: Says what to guess, and learns how it fared.
         counts: Are added to.
 
@@ -38,15 +39,15 @@ class Speculator:
         ValueError: drafts may be longer than a call takes.
     """
 
-    def __init__(self, greedy: Greedy, control: Control, counts: Acceptance) -> None:
+    def __init__(self, plain: Plain, control: Control, counts: Acceptance) -> None:
         most = extension().WINDOW - 1
         if control.most_tokens > most:
             raise ValueError(f"draft_tokens {control.most_tokens} must be from 1 to {most}")
-        self.greedy, self.session, self.control, self.counts = greedy, greedy.session, control, counts
+        self.plain, self.session, self.control, self.counts = plain, plain.session, control, counts
 
     def round(self, texts: Sequence[Text]) -> list[int]:
         """Guess, verify, and let each text grow by what stands."""
-        if not texts[0].wants_logits and self.control.adapt:
+        if chosen_inside(texts) and self.control.adapt:
             if self.control.looks:
                 if len(texts) == 1 and (made := self._look_ahead(texts[0])):
                     return [made]
@@ -73,10 +74,10 @@ class Speculator:
 
     def _plainly(self, texts: Sequence[Text], idle: int) -> list[int]:
         """Plain steps, some to a call: nobody may draft for so many tokens."""
-        made = self.greedy.steps(texts, min(idle, self.greedy.together))
-        self.control.plain(self.greedy.step_s, made[0])
+        made = self.plain.steps(texts, min(idle, self.plain.together))
+        self.control.plain(self.plain.step_s, made[0])
         self.counts.plain_steps += sum(made)
-        self.counts.plain_s += self.greedy.step_s * made[0]
+        self.counts.plain_s += self.plain.step_s * made[0]
         return made
 
     def _look_ahead(self, text: Text) -> int:
@@ -84,8 +85,8 @@ class Speculator:
         guesses = np.array(self.control.look_up_lengths(LONGEST), dtype=np.int32)
         idle = self.control.idle
         plainly, most = idle > 1, min(idle if idle > 1 else self.control.patience, text.room)
-        known = text.ids[text.padding : text.length]
-        passes = self.session.speculate(known, text.row, guesses, plainly, most, CALL_S, self.greedy.ends)
+        draws = None if text.chooser is None else text.chooser.draws
+        passes = self.session.speculate(text.known, text.row, guesses, plainly, most, CALL_S, self.plain.ends, draws)
         looking = next(drafter for drafter in self.control.drafters if drafter.budget is None)
         counts = np.stack((passes.found, passes.guessed, passes.stood), axis=1).tolist()
         for (found, guessed, stood), pass_s in zip(counts, passes.seconds.tolist(), strict=True):
@@ -101,7 +102,7 @@ class Speculator:
         if most < 1:
             return None, nothing
         searched = texts if self.control.looks else ()
-        passages = [look_up(text.ids[text.padding : text.length], most) for text in searched]
+        passages = [look_up(text.known, most) for text in searched]
         drafter = self.control.choose(max((passage.found for passage in passages), default=0))
         if drafter is None:
             return None, nothing

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from .lowered import Lowered, Step
+from .lowered import Draws, Lowered, Step
 
 Tell = Callable[[int], object]
 """Gets tokens as they stand."""
@@ -21,6 +21,11 @@ class Chooser(ABC):
     def processes(self) -> bool:
         """Whether drafts are to ask it too: else a draft's best token is the largest logit's."""
         ...
+
+    @property
+    def draws(self) -> Draws | None:
+        """Where a choice is nothing but a draw, how; the native model makes it then."""
+        return None
 
     @abstractmethod
     def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
@@ -57,6 +62,11 @@ class Text:
         return self.chooser is not None
 
     @property
+    def known(self) -> Int[np.ndarray, " t"]:
+        """All of it, without padding."""
+        return self.ids[self.padding : self.length]
+
+    @property
     def room(self) -> int:
         """Tokens that may still come."""
         return len(self.ids) - self.length
@@ -85,6 +95,12 @@ def prompts(
         room[: len(prompt)] = prompt
         texts.append(Text(row, room, len(prompt), hidden, chooser))
     return texts
+
+
+def chosen_inside(texts: Sequence[Text]) -> bool:
+    """Whether the native model chooses their tokens by itself, step after step."""
+    chooser = texts[0].chooser
+    return chooser is None or (len(texts) == 1 and chooser.draws is not None)
 
 
 def lasts(

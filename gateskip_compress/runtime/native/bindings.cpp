@@ -23,6 +23,7 @@ namespace {
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
 
 void check(bool holds, const std::string& message) {
   if (!holds) throw py::value_error(message);
@@ -208,14 +209,25 @@ float exp_sum(const std::string& kernels, Floats x, float top) {
   return kernels_named(kernels).exp_sum(x.data(), static_cast<int>(x.size()), top);
 }
 
-int draw_of(const std::string& kernels, Floats scores, double chance, float temperature, int top_k, float top_p,
-            float min_p) {
-  check(scores.size() > 0 && chance >= 0 && chance < 1, "a draw takes scores, and a chance from 0 to below 1");
+Limits limits_of(float temperature, int top_k, float top_p, float min_p) {
   check(temperature > 0 && top_k >= 0 && top_p >= 0 && min_p >= 0 && min_p <= 1,
         "a temperature is above 0, top_k and top_p are at least 0, min_p is from 0 to 1");
-  std::vector<float> own(scores.data(), scores.data() + scores.size());
-  const int found = draw(kernels_named(kernels), own, {temperature, top_p, min_p, top_k}, chance);
+  return {temperature, top_p, min_p, top_k};
+}
+
+void check_chance(double chance) { check(chance >= 0 && chance < 1, "a chance is from 0 to below 1"); }
+
+void check_drawn(int found) {
   check(found >= 0, "no token can be drawn: scores are not numbers, or all of them are -inf");
+}
+
+int draw_of(const std::string& kernels, Floats scores, double chance, float temperature, int top_k, float top_p,
+            float min_p) {
+  check(scores.size() > 0, "a draw takes scores");
+  check_chance(chance);
+  std::vector<float> own(scores.data(), scores.data() + scores.size());
+  const int found = draw(kernels_named(kernels), own, limits_of(temperature, top_k, top_p, min_p), chance);
+  check_drawn(found);
   return found;
 }
 
@@ -304,6 +316,7 @@ double read_bandwidth(int threads, int megabytes, int runs) {
 struct HeldModel {
   Model model;
   std::vector<py::object> held;  // arrays that the model only points to
+  std::vector<float> scores;     // of a pass whose tokens are drawn
   std::mutex busy;
 
   HeldModel(const Shape& shape, const std::string& kernels, int threads) : model(shape, kernels_named(kernels), threads) {}
@@ -424,18 +437,23 @@ struct HeldModel {
     return out;
   }
 
-  // Decodes a row whose text, all but its last token, is in the cache. Where n of the text's last tokens are found again,
+  // Decodes a row whose text, all but its last token, is in the cache: takes the best tokens, or, with `chances`, one for
+  // each token that may come, draws them. Where n of the text's last tokens are found again,
   // it guesses that `guesses[n]` of what followed them follow here too, and verifies these in the same pass. It goes on
   // until `most` tokens came, time is up, one of `ends` came, or nothing is to be guessed, unless it may go on `plainly`.
   // Returns the tokens; how many each pass found, guessed, and kept of these; and each one's seconds.
   py::tuple speculate(Ints text, int row, std::optional<Floats> thresholds, Ints guesses, bool plainly, int most,
-                      double seconds, Ints ends) {
+                      double seconds, Ints ends, std::optional<Doubles> chances, float temperature, int top_k,
+                      float top_p, float min_p) {
     const int longest = static_cast<int>(guesses.size()) - 1, past = static_cast<int>(text.size()) + most;
     check(text.size() >= 1 && longest >= 0, "there is no text, or no number of guesses");
     within(text, model.shape.vocabulary, "token id");
     within(guesses, model.window, "a number of guesses");
     check(row >= 0 && row < model.shape.rows, "there is no row " + std::to_string(row));
     check(most >= 1 && past - 1 <= model.shape.context, "steps do not fit into the cache");
+    check(!chances || chances->size() == most, "there is a chance for each token that may come");
+    for (py::ssize_t i = 0; chances && i < chances->size(); ++i) check_chance(chances->at(i));
+    const Limits limits = limits_of(temperature, top_k, top_p, min_p);
     const int window = 1 + *std::max_element(guesses.data(), guesses.data() + guesses.size());
     std::vector<int32_t> whole(text.data(), text.data() + text.size()), ids(window), rows(window, row), places(window),
         want(window), best(window), passes;
@@ -446,6 +464,15 @@ struct HeldModel {
     turn(call, thresholds);
     call.ids = ids.data(), call.rows = rows.data(), call.positions = places.data(), call.want = want.data();
     call.best = best.data(), call.vocabulary = model.shape.vocabulary;
+    if (chances) scores.resize(size_t(window) * call.vocabulary), call.logits = scores.data();
+    std::vector<float> own;  // scores
+    int chosen = 0;
+    const auto choose = [&](int place, int token) {  // a pass's token that may come after so many
+      if (!chances) return best[place];
+      const float* from = call.logits + size_t(place) * call.vocabulary;
+      own.assign(from, from + call.vocabulary);
+      return draw(model.kernels, own, limits, chances->data()[token + place]);
+    };
     at_work([&] {
       const auto now = [] { return std::chrono::steady_clock::now(); };
       const auto between = [](auto from, auto to) { return std::chrono::duration<double>(to - from).count(); };
@@ -461,7 +488,9 @@ struct HeldModel {
         call.count = call.wanted = guessed + 1;
         model.run(call);
         int stand = 0;
-        while (stand < guessed && best[stand] == ids[stand + 1]) ++stand;
+        const auto next = [&] { return chosen = best[stand] = choose(stand, length - static_cast<int>(text.size())); };
+        while (next() >= 0 && stand < guessed && chosen == ids[stand + 1]) ++stand;
+        if (chosen < 0) break;
         whole.insert(whole.end(), best.begin(), best.begin() + stand + 1);
         for (int i = 0; i <= stand; ++i) ended |= std::count(ends.data(), ends.data() + ends.size(), best[i]) > 0;
         passes.insert(passes.end(), {passage.found, guessed, stand});
@@ -470,6 +499,7 @@ struct HeldModel {
         took.push_back(between(before, last));
       }
     });
+    check_drawn(chosen);
     Ints tokens(py::ssize_t(whole.size()) - text.size()), told({py::ssize_t(took.size()), py::ssize_t(3)});
     std::copy(whole.begin() + text.size(), whole.end(), tokens.mutable_data());
     std::copy(passes.begin(), passes.end(), told.mutable_data());
@@ -609,5 +639,7 @@ PYBIND11_MODULE(_native, m) {
       .def("finish", &HeldModel::finish)
       .def("run", &HeldModel::run)
       .def("follow", &HeldModel::follow)
-      .def("speculate", &HeldModel::speculate);
+      .def("speculate", &HeldModel::speculate, py::arg("text"), py::arg("row"), py::arg("thresholds"), py::arg("guesses"),
+           py::arg("plainly"), py::arg("most"), py::arg("seconds"), py::arg("ends"), py::arg("chances") = py::none(),
+           py::arg("temperature") = 1, py::arg("top_k") = 0, py::arg("top_p") = 1, py::arg("min_p") = 0);
 }

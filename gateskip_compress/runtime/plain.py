@@ -1,4 +1,4 @@
-"""Greedy decoding, some steps to a call of the native model."""
+"""Plain decoding, some steps to a call of the native model."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,16 @@ import numpy as np
 
 from ..speculation.control import Clock
 from .lowered import Lowered
-from .texts import Ends, Text, lasts
+from .texts import Ends, Text, choice, chosen_inside, lasts
 
 CALL_S = 0.05
 """Of steps in one call: streamed text still flows, and Ctrl-C is heard."""
 
 
-class Greedy:
+_NO_GUESSES = np.zeros(1, dtype=np.int32)
+
+
+class Plain:
     """Decodes texts.
 
     After each call, all that Python needs comes back into the processor's caches, out of which the weights drove it:
@@ -38,9 +41,22 @@ class Greedy:
 
     def steps(self, texts: Sequence[Text], most: int) -> list[int]:
         """Some steps, at most; how many were made, for each text."""
-        clock, most = Clock(), min(most, *(text.room for text in texts))
-        found = self.session.follow(*lasts(texts), most, self.ends)
-        self.step_s = clock.lap() / len(found)
-        for text, tokens in zip(texts, found.T.tolist(), strict=True):
-            text.append(tokens)
-        return [len(found)] * len(texts)
+        clock, text, most = Clock(), texts[0], min(most, *(text.room for text in texts))
+        if not chosen_inside(texts):
+            step = self.session.run(*lasts(texts), np.arange(len(texts), dtype=np.int32), logits=True)
+            for at, own in enumerate(texts):
+                own.append([choice(step, at, own, 0)])
+            made = 1
+        elif text.chooser is None:
+            found = self.session.follow(*lasts(texts), most, self.ends)
+            for own, tokens in zip(texts, found.T.tolist(), strict=True):
+                own.append(tokens)
+            made = len(found)
+        else:
+            passes = self.session.speculate(
+                text.known, text.row, _NO_GUESSES, True, most, CALL_S, self.ends, text.chooser.draws
+            )
+            text.append(passes.tokens.tolist())
+            made = len(passes.tokens)
+        self.step_s = clock.lap() / made
+        return [made] * len(texts)
