@@ -204,6 +204,11 @@ def generate(
     budget: Budget = None,
     speculate: Annotated[bool, typer.Option(help="Draft and verify; the text stays the same.")] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share together.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens that have this part of the likeliest one's share.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     new_tokens: int = 128,
     unpack: Unpack = False,
@@ -215,7 +220,7 @@ def generate(
     from .runtime.ready import generate_ready, is_for
 
     asked: dict[str, Any] = {"new_tokens": new_tokens, "budget": budget, "speculate": speculate}
-    asked |= {"temperature": temperature, "seed": seed}
+    asked |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     found = None
     if not unpack and is_for(runtime, device):
         found = generate_ready(model, prompt, **asked, put=None if as_json else _put, tell=problems.print)

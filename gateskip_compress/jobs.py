@@ -107,6 +107,9 @@ def generate(
     budget: float | None = None,
     speculate: bool = False,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     unpack: bool = False,
     runtime: str = "auto",
@@ -124,6 +127,9 @@ def generate(
         budget: As in `bench`.
         speculate: As in `bench`.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_k: From so many of the likeliest ones; 0 is all.
+        top_p: From the likeliest ones that have this share together.
+        min_p: From those that have this part of the likeliest one's share.
         seed: Of what is drawn.
         unpack: As in `bench`.
         runtime: As in `bench`.
@@ -141,8 +147,17 @@ def generate(
     """
     if new_tokens < 1:
         raise ValueError(f"--new-tokens {new_tokens} must be at least 1")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"--temperature {temperature} must not be negative")
+    for name, value, fits, fit in (
+        ("top-k", top_k, top_k >= 0, "not be negative; 0 is all tokens"),
+        ("top-p", top_p, 0 < top_p <= 1, "be above 0 and at most 1"),
+        ("min-p", min_p, 0 <= min_p <= 1, "be from 0 to 1"),
+    ):
+        if not fits:
+            raise ValueError(f"--{name} {value} must {fit}")
+    if temperature == 0 and (top_k, top_p, min_p) != (0, 1, 0):
+        raise ValueError("--top-k, --top-p and --min-p say which tokens are drawn from: give --temperature too")
     model, tokenizer = _load(source, runtime, device)
     ids = chat_prompt(tokenizer, prompt).to(model.device)
     context_tokens = ids.shape[1] + new_tokens
@@ -152,8 +167,8 @@ def generate(
     counts, run = Acceptance(), model.generate if session is None else session.generate
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # pyright: ignore[reportArgumentType]
     extra: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:  # nothing but the temperature, whatever the model's own config says
-        extra = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if temperature > 0:  # nothing but these, whatever the model's own config says
+        extra = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p or None}
         torch.manual_seed(seed)
     if speculate and session is None:  # transformers does not hand the streamer on
         extra |= {"custom_generate": partial(self_speculative, streamer=streamer), "acceptance": counts}

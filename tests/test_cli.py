@@ -204,6 +204,10 @@ def _interrupt(*_):
         (("generate", "{small}", "--prompt", "a", "--budget", "0"), "budget 0.0 must be above 0"),
         (("generate", "{small}", "--prompt", "a", "--budget", "1.5"), "budget 1.5 must be"),
         (("generate", "{small}", "--prompt", "a", "--temperature=-1"), "--temperature -1.0 must not be negative"),
+        (("generate", "{small}", "--prompt", "a", "--temperature=1", "--top-k=-5"), "--top-k -5 must not be negative"),
+        (("generate", "{small}", "--prompt", "a", "--temperature=1", "--top-p=0"), "--top-p 0.0 must be above 0"),
+        (("generate", "{small}", "--prompt", "a", "--temperature=1", "--min-p=2"), "--min-p 2.0 must be from 0 to 1"),
+        (("generate", "{small}", "--prompt", "a", "--top-p=0.9"), "give --temperature too"),
         (("generate", "{small}", "--prompt", "a", "--device", "cuda:9"), "device 'cuda:9': torch sees"),
         (("generate", "{small}", "--prompt", "a", "--runtime", "cuda"), "runtime 'cuda' must be one of auto, native"),
         (

@@ -38,6 +38,7 @@ STACKS = {
     "codes, head and embedding too": (g.Quantize(group_size=32, bits_of={"embed_tokens": 8}),),
 }
 HOW = {"new_tokens": 12, "budget": None, "speculate": False, "temperature": 0.0, "seed": 0}
+HOW |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +88,20 @@ def test_ready_checkpoints_speculate_as_their_step_says(saved, stack):
     assert len(told) == (stack in ("pruned", "codes, head and embedding too"))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0},
+        {"temperature": 3.0},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.8},
+        {"temperature": 1.5, "min_p": 0.05},
+    ],
+)
 @pytest.mark.parametrize("speculate", [False, True])
-def test_ready_checkpoints_draw_what_torch_draws(saved, temperature, speculate):
+def test_ready_checkpoints_draw_what_torch_draws(saved, limits, speculate):
     folder = saved("gates, codes, speculation")
-    how = {"temperature": temperature, "new_tokens": 40, "speculate": speculate}
+    how = {**limits, "new_tokens": 40, "speculate": speculate}
     drawn = [ready(folder, seed=seed, **how)[0]["token_ids"] for seed in (0, 7)]
     assert drawn == [usual(folder, seed=seed, **how)["token_ids"] for seed in (0, 7)]
     assert drawn[0] != drawn[1]

@@ -35,7 +35,7 @@ _LIMITS = {
 
 
 @dataclass(frozen=True)
-class _Drawn(Draws):
+class _ByTorch(Draws):
     """By torch's global generator."""
 
     limits: dict[str, float]
@@ -79,7 +79,7 @@ class Processed(Chooser):
     def draws(self) -> Draws | None:
         """Where processors do no more than `draw` can."""
         others, limits = self._apart
-        return _Drawn(limits) if self.sampled and not others else None
+        return _ByTorch(limits) if self.sampled and not others else None
 
     def choose(self, ids: Int[np.ndarray, " t"], logits: Float[np.ndarray, " v"]) -> int:
         """The token after a text."""

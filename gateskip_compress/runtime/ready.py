@@ -27,7 +27,7 @@ from .lowered import Lowered
 from .packed import Packed, PackedFile
 from .plain import Plain
 from .prompt import SAMPLE, Printer, Words
-from .sampling import SEEDS, Tempered
+from .sampling import SEEDS, Drawn
 from .speculate import Speculator
 from .texts import Ends, grow, prompts
 
@@ -67,6 +67,9 @@ def generate_ready(
     budget: float | None,
     speculate: bool,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
     seed: int,
     put: Callable[[str], object] | None,
     tell: Callable[[str], object],
@@ -75,11 +78,14 @@ def generate_ready(
 
     Args:
         source: A folder.
-        prompt: As there, like the next five.
+        prompt: As there, like the next eight.
         new_tokens: As there.
         budget: As there.
         speculate: As there.
         temperature: As there.
+        top_k: As there.
+        top_p: As there.
+        min_p: As there.
         seed: As there.
         put: Gets the text as it comes, in whole words.
         tell: As there.
@@ -95,13 +101,16 @@ def generate_ready(
         return None
     if not ids or new_tokens < 1 or (budget is not None and session.gates is None):
         return None
-    if temperature < 0 or not 0 <= seed < SEEDS:  # torch takes other seeds too
+    limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawn = temperature > 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
+    greedy = list(limits.values()) == [0, 0, 1, 0]
+    if not (drawn or greedy) or not 0 <= seed < SEEDS:  # torch takes other seeds too
         return None
     if budget is not None and session.gates is not None:
         session.gates.set(budget)
     ends, counts = Ends(len(ids) + new_tokens, checkpoint.ends), Acceptance()
     plain = Plain(session, ends)
-    chooser = Tempered(session, temperature, seed) if temperature > 0 else None
+    chooser = Drawn(session, limits, seed) if drawn else None
     decode = plain.round
     if speculate:
         if session.gates is None:

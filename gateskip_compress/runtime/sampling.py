@@ -1,4 +1,4 @@
-"""Tokens drawn at a temperature without torch: those that torch's generator would draw from the same seed."""
+"""Tokens drawn without torch: those that torch's generator would draw from the same seed."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,21 +11,20 @@ SEEDS = 2**32
 """That both generators take."""
 
 
-class Tempered(Chooser, Draws):
-    """Draws a text's tokens by the softmax of its logits over a temperature.
+class Drawn(Chooser, Draws):
+    """Draws a text's tokens by the softmax of its logits, within limits.
 
     Chances are those of `torch.manual_seed(seed)` and then `torch.rand(1, dtype=torch.float64)` for each token: both
     take them from MT19937 seeded in the same way, 53 bits out of two of its numbers.
 
     Args:
         session: For its kernels.
-        temperature: Above 0.
+        limits: As `draw` takes them.
         seed: From 0 to below `SEEDS`.
     """
 
-    def __init__(self, session: Lowered, temperature: float, seed: int) -> None:
-        self._session, self._numbers = session, np.random.RandomState(seed)
-        self.limits = {"temperature": temperature}
+    def __init__(self, session: Lowered, limits: dict[str, float], seed: int) -> None:
+        self._session, self.limits, self._numbers = session, limits, np.random.RandomState(seed)
 
     @property
     def processes(self) -> bool:
