@@ -227,7 +227,7 @@ class Lowered(ABC):
         most: int,
         seconds: float,
         ends: Int[np.ndarray, " e"],
-        draws: "Draws | None" = None,
+        draws: Draws | None = None,
     ) -> Passes:
         """Decode one text in one call, verifying what followed when the text's last tokens stood there before.
 

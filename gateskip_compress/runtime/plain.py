@@ -10,8 +10,6 @@ from .texts import Ends, Text, choice, chosen_inside, lasts
 
 CALL_S = 0.05
 """Of steps in one call: streamed text still flows, and Ctrl-C is heard."""
-
-
 _NO_GUESSES = np.zeros(1, dtype=np.int32)
 
 

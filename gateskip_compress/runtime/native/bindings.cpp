@@ -437,11 +437,11 @@ struct HeldModel {
     return out;
   }
 
-  // Decodes a row whose text, all but its last token, is in the cache: takes the best tokens, or, with `chances`, one for
-  // each token that may come, draws them. Where n of the text's last tokens are found again,
-  // it guesses that `guesses[n]` of what followed them follow here too, and verifies these in the same pass. It goes on
-  // until `most` tokens came, time is up, one of `ends` came, or nothing is to be guessed, unless it may go on `plainly`.
-  // Returns the tokens; how many each pass found, guessed, and kept of these; and each one's seconds.
+  // Decodes a row whose text, all but its last token, is in the cache: takes the best tokens, or draws them by `chances`,
+  // one for each that may come. Where n of the text's last tokens are found again, it guesses that `guesses[n]` of what
+  // followed them follow here too, and verifies these in the same pass. It goes on until `most` tokens came, time is up,
+  // one of `ends` came, or nothing is to be guessed, unless it may go on `plainly`. Returns the tokens; how many each
+  // pass found, guessed, and kept of these; and each one's seconds.
   py::tuple speculate(Ints text, int row, std::optional<Floats> thresholds, Ints guesses, bool plainly, int most,
                       double seconds, Ints ends, std::optional<Doubles> chances, float temperature, int top_k,
                       float top_p, float min_p) {

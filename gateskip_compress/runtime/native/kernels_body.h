@@ -564,7 +564,8 @@ constexpr bool scaled = sizeof(E) == 1;
 
 inline int key_groups(int head_dim) { return (head_dim + kKeyGroup - 1) / kKeyGroup; }
 
-// Vectors that Q queries share, so that 8 sums or more are under way and stay in registers, of which AVX-512 has twice as many.
+// Vectors that Q queries share, so that 8 sums or more are under way and stay in registers, of which AVX-512 has twice
+// as many.
 template <class V, int Q>
 constexpr int together = Q == 3 ? 4 : Q < 8 ? (8 + Q - 1) / Q : V::lanes > 8 ? 2 : 1;
 
