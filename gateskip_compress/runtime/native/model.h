@@ -27,7 +27,7 @@ constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
 constexpr int kPrompt = 9;    // tokens of a prompt that go `PromptKernels`' way, where there is one
-constexpr double kAdapt = 1.0 / 16;  // of what a call says about threads' shares
+constexpr double kAdapt = 0;  // of what a call says about threads' shares: above 0, a token's bits were seen to depend on them
 constexpr int kRescored = 32;  // of the largest logits, by each thread
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
