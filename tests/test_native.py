@@ -279,7 +279,7 @@ def test_long_texts_have_the_same_bits_however_their_attention_is_shared_out(ker
             assert np.array_equal(found, whole[begin : begin + size]), (threads, size)
 
 
-@pytest.mark.xfail(strict=True, reason="shares are equal: bits were seen to depend on moving ones, see kAdapt in model.h")
+@pytest.mark.xfail(strict=True, reason="shares are equal: bits depended on moving ones, see kAdapt")
 def test_shares_of_the_work_follow_the_pace_of_threads_and_change_no_bit():
     model, ids = tiny(intermediate_size=1600, max_position_embeddings=640), tokens(1, 400)[0].numpy()
     found, shares = [], []
