@@ -18,6 +18,28 @@ int runs_seen(const Layer& layer, int position) {
   return runs_of(position + 1) - seen_from(layer, position) / kRun;
 }
 
+// The largest of the logits [begin, end), in order; where there are fewer, none after them.
+void largest(const float* logits, int begin, int end, int most, Logit* top) {
+  int count = 0;
+  for (int i = begin; i < end;) {
+    const int next = std::min(i + kChunk, end);
+    if (count == most) {  // rarely is one of them among the largest
+      const float least = top[count - 1].value;
+      int any = 0;
+      for (int j = i; j < next; ++j) any |= logits[j] > least ? 1 : 0;
+      if (!any) i = next;
+    }
+    for (; i < next; ++i) {
+      const Logit found{logits[i], i};
+      if (count == most && !(found < top[count - 1])) continue;
+      int place = count < most ? count++ : count - 1;
+      for (; place > 0 && found < top[place - 1]; --place) top[place] = top[place - 1];
+      top[place] = found;
+    }
+  }
+  std::fill(top + count, top + most, Logit());
+}
+
 }  // namespace
 
 Model::Model(const Shape& s, const Kernels& k, int threads)
@@ -79,7 +101,7 @@ void Model::prepare() {
   parts_ = floats(queries_at_once * runs_of(shape.context) * Queries::part_size(shape.head_dim));
   logits_ = floats(size_t(kLogits) * shape.vocabulary);
   row_ = floats(size_t(team_.size()) * shape.width);
-  best_.resize(size_t(team_.size()) * kLogits);
+  found_.resize(size_t(kLogits) * team_.size() * kRescored);
   keep_.resize(2 * layers.size() * window);
   const size_t heads = shape.rows * kept_heads_;
   keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes, kKeyGroup);
@@ -497,43 +519,15 @@ void Model::replace_outer(const Surrogate& surrogate, const std::vector<int>& to
     for (int i = begin; i < end; ++i) hidden_[size_t(token) * shape.width + i] += surrogate.offset[i];
 }
 
-// The largest of the logits [begin, end), -1 where there are none. Where they come from a head that is coarser than its
-// exact rows are, the few largest are computed again from these, and those decide.
-int Model::largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const {
-  int top[kRescored], count = 0;
-  const int most = exact ? 1 : kRescored;
-  for (int i = begin; i < end;) {
-    const int next = std::min(i + kChunk, end);
-    if (count == most) {  // rarely is one of them among the largest
-      const float least = logits[top[count - 1]];
-      int any = 0;
-      for (int j = i; j < next; ++j) any |= logits[j] > least ? 1 : 0;
-      if (!any) i = next;
-    }
-    for (; i < next; ++i) {
-      if (count == most && !(logits[i] > logits[top[count - 1]])) continue;
-      int place = count < most ? count++ : count - 1;
-      for (; place > 0 && logits[i] > logits[top[place - 1]]; --place) top[place] = top[place - 1];
-      top[place] = i;
-    }
-  }
-  int best = count ? top[0] : -1;
-  if (exact) return best;
-  for (int i = 0; i < count; ++i) {
-    copy_row(exact_head, top[i], row);
-    logits[top[i]] = kernels.dot(x, row, shape.width);
-  }
-  for (int i = 0; i < count; ++i)
-    if (logits[top[i]] > logits[best] || (logits[top[i]] == logits[best] && top[i] < best)) best = top[i];
-  return best;
-}
-
-// Logits of the wanted tokens, and the largest of each.
+// Logits of the wanted tokens, and the largest of each. Where they come from a head that is coarser than its exact rows
+// are, the few largest of all are computed again from these, and those decide.
 void Model::read_out(const Call& call, int thread) {
-  const int size = call.vocabulary;
+  const int size = call.vocabulary, threads = team_.size();
   int tokens[kLogits];
   std::iota(tokens, tokens + kLogits, 0);
   const bool quick = quick_head.data && !call.logits, exact = !quick && !exact_head.data;
+  const int most = exact ? 1 : kRescored;
+  Logit top[kLogits][kRescored];
   Activations inputs = normed_;
   if (quick) inputs.fine = nullptr;  // its weights err more than 8 bits do
   for (int first = 0; first < call.wanted; first += kLogits) {
@@ -550,19 +544,26 @@ void Model::read_out(const Call& call, int thread) {
     const Product product{quick ? &quick_head : &head, from, to, {logits, size_t(size)}};
     kernels.multiply(&product, 1, inputs, tokens, count);
     for (int i = 0; i < count; ++i)
-      best_[thread * kLogits + i] =
-          largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size),
-                  exact, inputs.floats(i), row_ + size_t(thread) * shape.width);
+      largest(logits + size_t(i) * size, from * kernels.lanes, std::min(to * kernels.lanes, size), most,
+              &found_[(size_t(i) * threads + thread) * most]);
     team_.wait();
+    const auto [from_rank, to_rank] = share(exact ? 0 : most, thread);
+    for (int i = 0; i < count; ++i) {
+      const Logit* found = &found_[size_t(i) * threads * most];
+      std::partial_sort_copy(found, found + threads * most, top[i], top[i] + most);
+      for (int rank = from_rank; rank < to_rank && top[i][rank].index >= 0; ++rank) {
+        float* row = row_ + size_t(thread) * shape.width;
+        copy_row(exact_head, top[i][rank].index, row);
+        logits[size_t(i) * size + top[i][rank].index] = kernels.dot(inputs.floats(i), row, shape.width);
+      }
+    }
+    if (!exact) team_.wait();
     for (int i = begin; i < end; ++i) {
       const float* row = logits + size_t(i) * size;
-      int best = best_[i];
-      for (int member = 1; member < team_.size(); ++member) {
-        const int found = best_[member * kLogits + i];
-        if (found >= 0 && (best < 0 || row[found] > row[best])) best = found;
-      }
-      call.best[first + i] = best;
-      if (call.shares) call.shares[first + i] = best < 0 ? 0 : 1 / kernels.exp_sum(row, size, row[best]);
+      for (int rank = 0; rank < most && top[i][rank].index >= 0; ++rank) top[i][rank].value = row[top[i][rank].index];
+      const Logit best = *std::min_element(top[i], top[i] + most);
+      call.best[first + i] = best.index;
+      if (call.shares) call.shares[first + i] = 1 / kernels.exp_sum(row, size, best.value);
     }
     team_.wait();
   }

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -27,8 +28,8 @@ constexpr int kLogits = 16;   // tokens whose logits are held at once
 constexpr int kFew = 8;       // tokens among which threads share out attention by runs of positions
 constexpr int kSpans = 4;     // of gated units that are multiplied before they are rounded
 constexpr int kPrompt = 9;    // tokens of a prompt that go `PromptKernels`' way, where there is one
-constexpr double kAdapt = 0;  // of what a call says about threads' shares: above 0, a token's bits were seen to depend on them
-constexpr int kRescored = 32;  // of the largest logits, by each thread
+constexpr double kAdapt = 1.0 / 16;  // of what a call says about threads' shares
+constexpr int kRescored = 32;  // of the largest logits
 
 // What a skipped token adds to the stream: down(silu(gate x) * up x) with an `up`, down(gate x) without, or `offset`.
 struct Surrogate {
@@ -98,6 +99,17 @@ struct Call {
   float* scores = nullptr;        // the same; of gates that were evaluated
 };
 
+struct Logit {
+  float value = -std::numeric_limits<float>::infinity();
+  int32_t index = -1;
+
+  // Larger ones come first, of equal ones those of the first tokens, and last, whatever they are, those of none.
+  bool operator<(const Logit& other) const {
+    if ((index < 0) != (other.index < 0)) return other.index < 0;
+    return value > other.value || (value == other.value && index < other.index);
+  }
+};
+
 class Model {
  public:
   Model(const Shape& shape, const Kernels& kernels, int threads);
@@ -148,7 +160,6 @@ class Model {
   void place(const Call& call, int layer, int token, int head, bool kept);
   void attend(const Call& call, int layer, const std::vector<int>& tokens, int thread);
   void attend_prompt(const Call& call, int layer, const std::vector<int>& tokens, int thread);
-  int largest(float* logits, int begin, int end, bool exact, const float* x, float* row) const;
   void read_out(const Call& call, int thread);
 
   void round(const Activations& a, int token, int begin, int end) const;
@@ -176,7 +187,7 @@ class Model {
   std::vector<uint8_t> keep_;  // (2 layers, window)
   Activations normed_, mixed_, inner_;
   float *hidden_, *qkv_, *pieces_, *out_, *parts_, *logits_, *row_;
-  std::vector<int32_t> best_;  // (threads, kLogits)
+  std::vector<Logit> found_;   // (kLogits, threads, those that each looks for)
   size_t kept_heads_ = 0;      // of a row of the cache, in all layers
   size_t stride_ = 0;          // of `qkv_`
   size_t piece_size_ = 0;      // of a thread's gates, and of what they gate, that `glu` takes at once
