@@ -85,7 +85,7 @@ import time
 start = time.perf_counter()
 import sys
 from gateskip_compress.runtime.ready import generate_ready
-how = {"new_tokens": 1, "budget": None, "speculate": False, "temperature": 0.0, "seed": 0}
+how = {"new_tokens": 1, "budget": None, "speculate": False, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
 assert generate_ready(sys.argv[1], "Hello", **how, put=None, tell=print) is not None
 print(time.perf_counter() - start)
 """,
@@ -222,7 +222,7 @@ def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[
 
 def _load_s(code: str, model: str) -> float:
     """Seconds of a fresh process to its first token."""
-    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
