@@ -85,8 +85,9 @@ import time
 start = time.perf_counter()
 import sys
 from gateskip_compress.runtime.ready import generate_ready
-how = {"new_tokens": 1, "budget": None, "speculate": False, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
-assert generate_ready(sys.argv[1], "Hello", **how, put=None, tell=print) is not None
+greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+how = {"new_tokens": 1, "budget": None, "speculate": False, "put": None, "tell": print}
+assert generate_ready(sys.argv[1], "Hello", **how, **greedy) is not None
 print(time.perf_counter() - start)
 """,
     "load_through_transformers_s": """

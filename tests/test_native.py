@@ -299,6 +299,23 @@ def test_shares_of_the_work_follow_the_pace_of_threads_and_change_no_bit(how):
     assert all(0.2 < share < 0.8 for share in shares[3])
 
 
+@pytest.mark.parametrize("prompt", [False, True], ids=["verifying", "as a prompt"])
+@pytest.mark.parametrize("kind", GATES)
+def test_tokens_whose_logits_nobody_wants_change_no_bit(kind, prompt):
+    model, ids = compress(tiny(), GATES[kind], g.Quantize(group_size=32)), tokens(1, 201)[0].numpy()
+    session = lower(model, context_tokens=256, threads=1)
+    places, rows = np.arange(200, dtype=np.int32), np.zeros(200, dtype=np.int32)
+    run = partial(session.run, ids[:200], rows, places, logits=True, prompt=prompt)
+    whole = run(places)
+    after = session.run_row(ids[200:], 0, 200, wanted=1, logits=True).logits
+    for want in ([199], [150, 3, 17], []):
+        wanted = np.array(want, dtype=np.int32)
+        assert np.array_equal(run(wanted).logits, whole.logits[want])
+        assert np.array_equal(session.run_row(ids[200:], 0, 200, wanted=1, logits=True).logits, after)
+    decided = run(wanted, decisions=True)
+    assert np.array_equal(decided.kept, run(places, decisions=True).kept)
+
+
 def test_a_prompt_is_of_one_row(session):
     places = np.arange(4, dtype=np.int32)
     with pytest.raises(ValueError, match="a prompt has one row"):

@@ -1,5 +1,6 @@
 // Kernels for AVX2.
 #include "kernels.h"
+#include "room.h"
 
 #if GATESKIP_X86
 #include <immintrin.h>
@@ -13,11 +14,12 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #include "kernels_body.h"
+#include "prompts_body.h"
 #include "vector256.h"
 
 namespace gateskip {
 
-const Kernels avx2_kernels = table<Avx2>("avx2");
+const Kernels avx2_kernels = table<Avx2>("avx2", &prompts_by<Avx2>);
 
 }  // namespace gateskip
 

@@ -1,5 +1,6 @@
 // Kernels for AVX-512 with VNNI.
 #include "kernels.h"
+#include "room.h"
 
 #if GATESKIP_X86
 #if !defined(__clang__)  // GCC 12 takes its own undefined vectors in this header for ours
@@ -17,11 +18,12 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
 #endif
 #include "kernels_body.h"
+#include "prompts_body.h"
 #include "vector512.h"
 
 namespace gateskip {
 
-const Kernels avx512_kernels = table<Avx512>("avx512vnni");
+const Kernels avx512_kernels = table<Avx512>("avx512vnni", &prompts_by<Avx512>);
 
 }  // namespace gateskip
 

@@ -1,5 +1,6 @@
 // Kernels for AVX-VNNI: as AVX2, but four products are added to a 32-bit sum at once.
 #include "kernels.h"
+#include "room.h"
 
 #if GATESKIP_X86
 #include <immintrin.h>
@@ -13,6 +14,7 @@
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
 #include "kernels_body.h"
+#include "prompts_body.h"
 #include "vector256.h"
 
 namespace gateskip {
@@ -25,12 +27,15 @@ struct AvxVnni : Avx2 {
   }
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
-  static constexpr bool paired = false;
+  static constexpr bool paired = false;  // but for prompts
+  static I add_pairs(I sum, I w, const int16_t* x) {
+    return (I)in_order(_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)w, two(x)));
+  }
 };
 
 }  // namespace
 
-const Kernels avxvnni_kernels = table<AvxVnni>("avxvnni");
+const Kernels avxvnni_kernels = table<AvxVnni>("avxvnni", &prompts_by<AvxVnni>);
 
 }  // namespace gateskip
 

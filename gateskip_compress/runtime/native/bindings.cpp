@@ -147,13 +147,14 @@ struct OwnActivations : Activations {
     fine_.resize(with_fine ? floats_.size() : 0);
     wide_.resize(fine_.size());
     if (with_fine) fine = fine_.data(), wide = wide_.data();
-    halves_.resize(kernels.prompts ? count * halves_apart() : 0);
+    const bool split = kernels.prompts && kernels.prompts->split;
+    halves_.resize(split ? count * halves_apart() : 0);
     halves = halves_.data();
     x = floats_.data(), q = codes_.data(), scale = scales_.data(), sum = sums_.data();
     for (int token = 0; token < count; ++token) {
       std::memcpy(floats(token), from.data(token, 0), sizeof(float) * width);
       kernels.quantize(*this, token, 0, width);
-      if (kernels.prompts) kernels.prompts->split(*this, token, 0, width);
+      if (split) kernels.prompts->split(*this, token, 0, width);
       tokens.push_back(token);
     }
   }
@@ -175,8 +176,9 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   const int count = static_cast<int>(a.tokens.size());
   if (prompt) {
     const PromptKernels& prompts = prompts_of(run);
-    check(PromptKernels::suits(m) && (fine || m.kind == Kind::bf16),
-          "prompts have a way of their own for bf16, and for codes of 4 bits in groups and columns of whole spans times 16 bits");
+    check(prompts.suits(m) && (fine || m.kind == Kind::bf16),
+          "prompts have a way of their own for codes of 4 bits in groups and columns of whole spans times 16 bits, and where "
+          "there are tiles for bf16");
     if (m.kind == Kind::int4) prompts.gather(a, m.columns, a.tokens.data(), count);
     prompts.multiply(product, a, a.tokens.data(), count);
   } else {
@@ -557,12 +559,15 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("pack_codes", &pack_codes_of);
   m.def("pack_floats", &pack_floats_of);
-  m.def("prompt_kernels", [] {
-    std::vector<std::string> found;
-    for (const Kernels* kernels : usable_kernels())
-      if (kernels->prompts) found.emplace_back(kernels->name);
-    return found;
-  });
+  m.def(
+      "prompt_kernels",
+      [](bool bf16) {
+        std::vector<std::string> found;
+        for (const Kernels* kernels : usable_kernels())
+          if (kernels->prompts && (kernels->prompts->split || !bf16)) found.emplace_back(kernels->name);
+        return found;
+      },
+      py::arg("bf16") = false);
   m.def("multiply", &multiply, py::arg("kernels"), py::arg("matrix"), py::arg("x"), py::arg("fine"),
         py::arg("prompt") = false);
   m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"));

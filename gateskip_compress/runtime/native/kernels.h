@@ -116,14 +116,14 @@ struct PromptQueries {
 // codes, activations of 16 bits whose whole rows share a scale. Sums are about as exact as `Kernels`', but added up in
 // another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
-  void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`
+  void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`; or none, and no products of bf16
   // Rounds what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.
   void (*gather)(const Activations&, int columns, const int* tokens, int count);
   void (*multiply)(const Product&, const Activations&, const int* tokens, int count);
   void (*attend)(const PromptQueries&, Element);
 
   // Whether there is such a product of 16-bit activations.
-  static bool suits(const Matrix& m);
+  bool suits(const Matrix& m) const;
 };
 
 struct Kernels {
@@ -187,8 +187,8 @@ inline bool spans(const Matrix& m) { return m.group % kSpan == 0; }
 // The same, and the last one is whole too, as tiles take them.
 inline bool whole_spans(const Matrix& m) { return spans(m) && m.columns % kSpan == 0; }
 
-inline bool PromptKernels::suits(const Matrix& m) {
-  return m.kind == Kind::bf16 || (m.kind == Kind::int4 && whole_spans(m));
+inline bool PromptKernels::suits(const Matrix& m) const {
+  return m.kind == Kind::bf16 ? split != nullptr : m.kind == Kind::int4 && whole_spans(m);
 }
 
 // A group's zero points lie so far behind its scales, and its codes behind these.

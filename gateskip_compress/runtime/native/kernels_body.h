@@ -1,12 +1,12 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
-// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, bf16 and f16 (load lanes of
+// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, add_times, bf16 and f16 (load lanes of
 // them), bytes and signed_bytes (lanes of them as floats), whole (floats of integers); Codes, 4 codes for each lane, with
 // load, low and high; put_bytes and put_f16, which store codes and floats as these; sum and most, of integers; codes8,
 // codes of 8 bits less `middle8`. Where `direct` is true, add_dots adds codes times the same 4 activations to a sum;
 // elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
 // 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
-// stores activations in columns 0, 2, 1, 3 of each four, pair loads two in all lanes, add_products adds their products.
+// stores activations in columns 0, 2, 1, 3 of each four, add_pairs adds the products of two with all lanes' codes.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -131,7 +131,7 @@ inline __attribute__((always_inline)) void chunk_dots(const uint8_t* at, const A
       unrolled<C::columns / 2>([&](auto i) {
         const auto w = C::template pairs<i>(at + 4 * V::lanes * v);
         unrolled<T>([&](auto t) {
-          sum[t] = V::add_products(sum[t], w, V::pair(a.wide + places[t] * kChunk + C::columns * v + 2 * i));
+          sum[t] = V::add_pairs(sum[t], w, a.wide + places[t] * kChunk + C::columns * v + 2 * i);
         });
       });
     });
@@ -588,7 +588,7 @@ inline void score_blocks(const Queries& to, int first, int block, float (&scores
     for (int d = begin; d < end; ++d)
       unrolled<B>([&](auto b) {
         const F<V> k = next<V, Q>(keys + (size_t(b) * width + d) * V::lanes, width);
-        unrolled<Q>([&](auto i) { own[b][i] = V::fma(V::set(query[i][d]), k, own[b][i]); });
+        unrolled<Q>([&](auto i) { own[b][i] = V::add_times(own[b][i], k, query[i] + d); });
       });
   };
   if constexpr (scaled<E>) {
@@ -638,7 +638,7 @@ inline void mix(const Queries& to, int first, int column, int begin, int end, co
   for (int p = begin; p < end; ++p)
     unrolled<W>([&](auto w) {
       const F<V> v = next<V, Q>(values + size_t(p) * to.head_dim + w * V::lanes, to.head_dim);
-      unrolled<Q>([&](auto i) { sums[i][w] = V::fma(V::set(weights[i][p]), v, sums[i][w]); });
+      unrolled<Q>([&](auto i) { sums[i][w] = V::add_times(sums[i][w], v, weights[i] + p); });
     });
   for (int i = 0; i < Q; ++i)
     for (int w = 0; w < W; ++w) V::store(to.part[first + i] + column + w * V::lanes, sums[i][w]);
@@ -720,9 +720,9 @@ void merge(float* parts, int runs, int head_dim, float* out) {
 }
 
 template <class V>
-constexpr Kernels table(const char* name) {
+constexpr Kernels table(const char* name, const PromptKernels* prompts = nullptr) {
   return {name,    V::lanes, multiply<V>, quantize<V>, halve<V>, norm<V>,  rotate<V>, dot<V>,
-          exp_sum<V>, draw<V>,  glu<V>,      attend<V>,   merge<V>, nullptr};
+          exp_sum<V>, draw<V>,  glu<V>,      attend<V>,   merge<V>, prompts};
 }
 
 }  // namespace

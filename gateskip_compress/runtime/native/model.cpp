@@ -61,7 +61,7 @@ Activations Model::activations(int columns) {
   Activations a;
   a.columns = padded(columns, kChunk);
   a.x = floats(size_t(window) * a.columns);
-  if (kernels.prompts && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(window * a.halves_apart() / 2));
+  if (kernels.prompts && kernels.prompts->split && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(window * a.halves_apart() / 2));
   a.q = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));
   if (shape.fine) {
     a.fine = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));
@@ -82,7 +82,7 @@ void Model::prepare() {
     stride_ = std::max(stride_, size_t(layer.heads + 2 * layer.kv_heads) * shape.head_dim);
     const auto look = [&](const Matrix& m) {
       const bool codes = m.data && (m.kind == Kind::int4 || m.kind == Kind::int8);
-      codes_ |= codes, others_ |= codes && !(shape.fine && PromptKernels::suits(m));
+      codes_ |= codes, others_ |= codes && !(shape.fine && kernels.prompts && kernels.prompts->suits(m));
     };
     for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
       look(*m), floats_ |= m->kind == Kind::bf16;
@@ -107,7 +107,8 @@ void Model::prepare() {
   keys_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, kernels.lanes, kKeyGroup);
   values_ = Cache(kernels, shape.element, heads, shape.context, shape.head_dim, 1, shape.head_dim);
   for (Lists& lists : lists_) {
-    for (std::vector<int>* list : {&lists.own, &lists.all, &lists.kept, &lists.skipped}) list->reserve(window);
+    for (std::vector<int>* list : {&lists.own, &lists.all, &lists.kept, &lists.skipped, &lists.remembered})
+      list->reserve(window);
     lists.queries.reserve(kernels.prompts ? size_t(window) * most : 0);
   }
 }
@@ -176,6 +177,14 @@ void Model::list_tokens(int count, int thread) {
   }
 }
 
+// Tokens whose logits nobody wants end with the last layer's keys and values, unless its decisions are asked for.
+void Model::drop_unwanted(const Call& call, std::initializer_list<std::vector<int>*> lists) const {
+  if (call.wanted == call.count || call.kept || call.scores) return;
+  const int32_t* end = call.want + call.wanted;
+  const auto unwanted = [&](int token) { return std::find(call.want, end, token) == end; };
+  for (std::vector<int>* list : lists) list->erase(std::remove_if(list->begin(), list->end(), unwanted), list->end());
+}
+
 void Model::work(const Call& call, int thread) {
   list_tokens(call.count, thread);
   embed(call, thread);
@@ -234,22 +243,23 @@ void Model::enter(const Call& call, const Branch& branch, bool there, int index,
 void Model::attention(const Call& call, int index, int thread) {
   const Layer& layer = layers[index];
   const Branch& branch = call.draft ? layer.draft_attention : layer.attention;
-  const Lists& lists = lists_[thread];
-  const bool there = layer.q.data;
+  Lists& lists = lists_[thread];
+  const bool there = layer.q.data, last = index + 1 == static_cast<int>(layers.size());
   if (!there && branch.surrogate.empty()) return;
   enter(call, branch, there, 2 * index, thread);
+  lists.remembered = layer.copies ? lists.kept : lists.all;
+  if (last) drop_unwanted(call, {&lists.kept, &lists.skipped});
   replace_inner(branch.surrogate, lists.skipped, thread);
   if (there) {
     const int queries = layer.heads * shape.head_dim, others = layer.kv_heads * shape.head_dim;
-    const std::vector<int>& remembered = layer.copies ? lists.kept : lists.all;
     const Product q = shared(layer.q, {qkv_, stride_}, thread);
     const Product k = shared(layer.k, {qkv_ + queries, stride_}, thread);
     const Product v = shared(layer.v, {qkv_ + queries + others, stride_}, thread);
-    if (lists.kept.size() == remembered.size()) {
-      multiply({q, k, v}, normed_, remembered);
+    if (lists.kept.size() == lists.remembered.size()) {
+      multiply({q, k, v}, normed_, lists.kept);
     } else {
       multiply({q}, normed_, lists.kept);
-      multiply({k, v}, normed_, remembered);
+      multiply({k, v}, normed_, lists.remembered);
     }
     meet();
     const uint8_t* keep = keep_.data() + size_t(2 * index) * window;
@@ -257,6 +267,7 @@ void Model::attention(const Call& call, int index, int thread) {
     // in turn: a head of keys and values takes longer than one of queries
     for (int i = apart_ ? 0 : thread; i < all; i += apart_ ? 1 : team_.size())
       place(call, index, lists.all[i / heads], i % heads, keep[lists.all[i / heads]]);
+    if (last) drop_unwanted(call, {&lists.own, &lists.all});
     if (apart_ || !lists.kept.empty()) {  // else nobody reads what was placed before all have met again
       team_.wait();
       prompts_ ? attend_prompt(call, index, lists.kept, thread) : attend(call, index, lists.kept, thread);
@@ -437,7 +448,7 @@ void Model::attend_prompt(const Call& call, int index, const std::vector<int>& t
 // For the weights that there are; products of codes with a way of their own round for themselves, see `gather`.
 void Model::round(const Activations& a, int token, int begin, int end) const {
   if (codes_ && (!prompts_ || others_)) kernels.quantize(a, token, begin, end);
-  if (prompts_ && floats_) prompts_->split(a, token, begin, end);
+  if (prompts_ && a.halves) prompts_->split(a, token, begin, end);
 }
 
 Product Model::shared(const Matrix& m, const Outputs& to, int thread) const {
@@ -463,7 +474,7 @@ void Model::multiply(std::initializer_list<Product> products, const Activations&
 
 // Whether this call has `PromptKernels` for such weights.
 bool Model::goes_own_way(const Matrix& m) const {
-  return prompts_ && PromptKernels::suits(m) && (m.kind == Kind::bf16 ? floats_ : shape.fine);
+  return prompts_ && prompts_->suits(m) && (m.kind == Kind::bf16 ? floats_ : shape.fine);
 }
 
 // What products of codes like these read, for several of `multiply`; whether there are any.
@@ -504,7 +515,7 @@ void Model::glu(const Matrix& gate, const Matrix& up, const std::vector<int>& to
 }
 
 void Model::replace_inner(const Surrogate& surrogate, const std::vector<int>& tokens, int thread) {
-  if (surrogate.up.data || (surrogate.gate.data && prompts_ && floats_))
+  if (surrogate.up.data || (surrogate.gate.data && prompts_ && inner_.halves))
     glu(surrogate.gate, surrogate.up, tokens, thread);
   else if (surrogate.gate.data)
     multiply({shared(surrogate.gate, {inner_.x, size_t(inner_.columns)}, thread)}, normed_, tokens);

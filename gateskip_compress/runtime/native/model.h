@@ -138,10 +138,10 @@ class Model {
     int count = 0, kv_head = 0, first_run = 0, runs = 0;  // of positions, up to `runs`, those that one of them sees
     int token[kMostQueries], head[kMostQueries];
   };
-  // Token numbers: those that one thread embeds and normalises, and those that it multiplies: of a branch, all, and the
-  // ones that run it or do not.
+  // Token numbers: those that one thread embeds and normalises, and those that it multiplies: of a branch, all, the ones
+  // that run it or do not, and those whose keys and values are computed.
   struct alignas(64) Lists {
-    std::vector<int> own, all, kept, skipped;
+    std::vector<int> own, all, kept, skipped, remembered;
     std::vector<PromptQuery> queries;  // of one head of keys
     double spans, seconds;             // of tokens' gated units that it multiplied in this call, and what it took
   };
@@ -150,6 +150,7 @@ class Model {
   Range share(int64_t count, int thread) const;
   Range split(int count, int thread) const;  // of rows, channels or listed tokens: all, where tokens are shared out
   void list_tokens(int count, int thread);
+  void drop_unwanted(const Call& call, std::initializer_list<std::vector<int>*> lists) const;
   void meet();  // unless tokens are shared out
   void work(const Call& call, int thread);
   void copy_row(const Table& table, int row, float* to) const;

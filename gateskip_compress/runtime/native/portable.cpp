@@ -25,6 +25,7 @@ struct Portable {
   static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
   static F set(float x) { return F{x, x, x, x}; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F add_times(F sum, F v, const float* x) { return sum + v * *x; }
   static F bf16(const uint16_t* p) {
     I v;
     for (int i = 0; i < lanes; ++i) v[i] = static_cast<int32_t>(uint32_t(p[i]) << 16);

@@ -18,6 +18,7 @@ struct Avx2 {
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F add_times(F sum, F v, const float* x) { return fma(v, set(*x), sum); }  // sum + v * x[0]
   static F bf16(const uint16_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
@@ -105,15 +106,18 @@ struct Avx2 {
     const I crossed = (I)_mm256_shuffle_epi32((__m256i)v, 0b11011000);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), shorts(crossed));
   }
-  static I pair(const int16_t* x) {
-    int32_t two;
-    std::memcpy(&two, x, 4);
-    return (I)_mm256_set1_epi32(two);
-  }
   // A chunk's sum, 32 products of 128 * 32639 at most, fits 32 bits.
-  static I add_products(I sum, I w, I x) {
-    return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x)));
+  static I add_pairs(I sum, I w, const int16_t* x) {
+    return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, two(x))));
   }
+  static __m256i two(const int16_t* x) {
+    int32_t both;
+    std::memcpy(&both, x, 4);
+    return _mm256_set1_epi32(both);
+  }
+  static I less(I a, I b) { return (I)_mm256_sub_epi16((__m256i)a, (__m256i)b); }
+  static I whole_at(const int16_t* p) { return (I)_mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void put_whole(int16_t* to, I v) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)v); }
 };
 
 }  // namespace

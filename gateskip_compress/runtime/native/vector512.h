@@ -17,6 +17,11 @@ struct Avx512 {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // sum + v * x[0]
+  static F add_times(F sum, F v, const float* x) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*x));  // GCC would take a register for each x
+    return sum;
+  }
   static F bf16(const uint16_t* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
@@ -58,7 +63,26 @@ struct Avx512 {
   }
   static constexpr float middle8 = 0;
   static Codes codes8(const uint8_t* p) { return codes(p); }
-  static constexpr bool paired = false;
+  static constexpr bool paired = false;  // but for prompts
+  template <int i>
+  static I pairs4(const uint8_t* p) {
+    const __m512i shifted = i == 0 ? codes(p) : _mm512_srli_epi16(codes(p), i == 1 ? 8 : i == 2 ? 4 : 12);
+    return (I)(i == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15)));
+  }
+  static void put_crossed(int16_t* to, I v) {
+    const __m512i crossed = _mm512_shuffle_epi32((__m512i)v, _MM_PERM_DBCA);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(crossed));
+  }
+  static I add_pairs(I sum, I w, const int16_t* x) {
+    struct Two {
+      int16_t of[2];
+    };
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Two*>(x)));
+    return sum;
+  }
+  static I less(I a, I b) { return (I)_mm512_sub_epi16((__m512i)a, (__m512i)b); }
+  static I whole_at(const int16_t* p) { return (I)_mm512_load_si512(p); }
+  static void put_whole(int16_t* to, I v) { _mm512_store_si512(to, (__m512i)v); }
 };
 
 }  // namespace
