@@ -11,7 +11,8 @@ native = pytest.importorskip("gateskip_compress.runtime._native", reason="the ex
 KERNELS = [name for name, _ in native.kernels()]
 PROMPTS = native.prompt_kernels()
 for_prompts = pytest.mark.skipif(not PROMPTS, reason="no kernels here have a way of their own for prompts")
-TILES = native.prompt_kernels(bf16=True)
+EIGHT_BIT_PROMPTS = native.prompt_kernels(fine=False)
+TILES = native.prompt_kernels("bf16")
 for_tiles = pytest.mark.skipif(not TILES, reason="no kernels here have a way of their own for prompts in bf16")
 LANES = dict(native.kernels())
 FLOAT = 2e-6
@@ -193,6 +194,7 @@ def rounded_rows(x):
 
 
 @for_prompts
+@pytest.mark.parametrize("fine", [False, True], ids=["8 bit", "16 bit"])
 @given(
     rows=st.integers(1, 100),
     spans=st.integers(1, 9),
@@ -201,16 +203,16 @@ def rounded_rows(x):
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=25, deadline=None)
-def test_products_of_codes_of_prompts(rows, spans, group, count, seed):
+def test_products_of_codes_of_prompts(fine, rows, spans, group, count, seed):
     rng = np.random.default_rng(seed)
     codes, scale, zero, weight = random_codes(rng, rows, 64 * spans, group, 4)
     x = (rng.standard_normal((count, 64 * spans)) * 10.0 ** rng.uniform(-4, 4, (count, 1))).astype(np.float32)
     bias = rng.standard_normal(rows).astype(np.float32)
-    for kernels in PROMPTS:
+    for kernels in PROMPTS if fine else EIGHT_BIT_PROMPTS:
         matrix = packed(kernels, "int4", codes, scale, zero, group, bias)
-        found = native.multiply(kernels, matrix, x, True, prompt=True)
-        close_sums(found, weight, rounded_rows(x), bias)
-        some = native.multiply(kernels, matrix, x[: (count + 1) // 2], True, prompt=True)
+        found = native.multiply(kernels, matrix, x, fine, prompt=True)
+        close_sums(found, weight, rounded_rows(x) if fine else rounded(kernels, x, False), bias)
+        some = native.multiply(kernels, matrix, x[: (count + 1) // 2], fine, prompt=True)
         assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums
 
 
@@ -220,24 +222,24 @@ def test_extreme_codes_of_prompts_do_not_overflow():
     for code, sign in product((0, 15), (1, -1)):
         codes, scale = np.full((9, columns), code, dtype=np.uint8), np.ones((9, 1), dtype=np.float32)
         zero, x = np.full((9, 1), 15 - code, dtype=np.uint8), np.full((20, columns), 32639 * sign, dtype=np.float32)
-        for kernels in PROMPTS:
+        for kernels, fine in [(name, True) for name in PROMPTS] + [(name, False) for name in EIGHT_BIT_PROMPTS]:
             matrix = packed(kernels, "int4", codes, scale, zero, columns)
-            found = native.multiply(kernels, matrix, x, True, prompt=True)
+            found = native.multiply(kernels, matrix, x, fine, prompt=True)
             np.testing.assert_allclose(found, 32639.0 * sign * columns * (2 * code - 15), rtol=1e-6)
 
 
 @for_prompts
-@pytest.mark.parametrize("kind", ["bf16", "int4"])
-def test_an_undefined_value_of_a_prompt_stays_its_tokens_own(kind):
+@pytest.mark.parametrize(("kind", "fine"), [("bf16", True), ("int4", True), ("int4", False)])
+def test_an_undefined_value_of_a_prompt_stays_its_tokens_own(kind, fine):
     x = np.ones((20, 64), dtype=np.float32)
     x[3, 40], x[7, 2] = np.inf, np.nan
-    for kernels in TILES if kind == "bf16" else PROMPTS:
+    for kernels in native.prompt_kernels(kind, fine):
         data = native.pack_floats(kernels, "bf16", np.ones((40, 64), dtype=np.float32))
         matrix = native.HeldMatrix(kernels, "bf16", 40, 64, 64, data)
         if kind == "int4":
             codes, scale, zero, _ = random_codes(np.random.default_rng(0), 40, 64, 64, 4)
             matrix = packed(kernels, "int4", codes, scale, zero, 64)
-        found = native.multiply(kernels, matrix, x, True, prompt=True)
+        found = native.multiply(kernels, matrix, x, fine, prompt=True)
         assert np.array_equal(np.isfinite(found).all(axis=1), np.isfinite(x).all(axis=1))
 
 
@@ -245,7 +247,7 @@ def test_an_undefined_value_of_a_prompt_stays_its_tokens_own(kind):
 @pytest.mark.parametrize(("columns", "group", "fine"), [(96, 64, True), (64, 32, True), (64, 64, False)])
 def test_codes_that_prompts_have_no_way_for_are_refused(columns, group, fine):
     codes, scale, zero, _ = random_codes(np.random.default_rng(0), 4, columns, group, 4)
-    for kernels in PROMPTS:
+    for kernels in PROMPTS if fine else set(PROMPTS) - set(EIGHT_BIT_PROMPTS):
         matrix = packed(kernels, "int4", codes, scale, zero, group)
         with pytest.raises(ValueError, match="prompts have a way of their own for codes of 4 bits"):
             native.multiply(kernels, matrix, np.ones((2, columns), dtype=np.float32), fine, prompt=True)

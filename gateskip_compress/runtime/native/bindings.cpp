@@ -176,9 +176,9 @@ Floats multiply(const std::string& kernels, const HeldMatrix& m, Floats x, bool 
   const int count = static_cast<int>(a.tokens.size());
   if (prompt) {
     const PromptKernels& prompts = prompts_of(run);
-    check(prompts.suits(m) && (fine || m.kind == Kind::bf16),
-          "prompts have a way of their own for codes of 4 bits in groups and columns of whole spans times 16 bits, and where "
-          "there are tiles for bf16");
+    check(prompts.suits(m, fine),
+          "prompts have a way of their own for codes of 4 bits in groups and columns of whole spans times 16 bits, and on "
+          "some processors for such times 8 bits, or for bf16");
     if (m.kind == Kind::int4) prompts.gather(a, m.columns, a.tokens.data(), count);
     prompts.multiply(product, a, a.tokens.data(), count);
   } else {
@@ -561,13 +561,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("pack_floats", &pack_floats_of);
   m.def(
       "prompt_kernels",
-      [](bool bf16) {
+      [](const std::string& kind, bool fine) {
+        Matrix m{kind_named(kind), 1, kSpan, kSpan};
         std::vector<std::string> found;
         for (const Kernels* kernels : usable_kernels())
-          if (kernels->prompts && (kernels->prompts->split || !bf16)) found.emplace_back(kernels->name);
+          if (kernels->prompts && kernels->prompts->suits(m, fine)) found.emplace_back(kernels->name);
         return found;
       },
-      py::arg("bf16") = false);
+      py::arg("kind") = "int4", py::arg("fine") = true);
   m.def("multiply", &multiply, py::arg("kernels"), py::arg("matrix"), py::arg("x"), py::arg("fine"),
         py::arg("prompt") = false);
   m.def("quantize", &quantize, py::arg("kernels"), py::arg("x"), py::arg("fine"));

@@ -113,7 +113,7 @@ struct PromptQueries {
 
 // Many tokens of one sequence, where a processor has a faster way for them: attention, products of bf16, and of 4-bit
 // codes. What is multiplied by floats is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one; by
-// codes, activations of 16 bits whose whole rows share a scale. Sums are about as exact as `Kernels`', but added up in
+// codes, activations of 16 bits whose whole rows share a scale, or of 8 as elsewhere. Sums are about as exact as `Kernels`', but added up in
 // another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`; or none, and no products of bf16
@@ -122,8 +122,10 @@ struct PromptKernels {
   void (*multiply)(const Product&, const Activations&, const int* tokens, int count);
   void (*attend)(const PromptQueries&, Element);
 
-  // Whether there is such a product of 16-bit activations.
-  bool suits(const Matrix& m) const;
+  bool eight_bits = false;  // products of codes and activations of 8 bits too
+
+  // Whether there is such a product, of activations of 16 bits or 8.
+  bool suits(const Matrix& m, bool fine) const;
 };
 
 struct Kernels {
@@ -187,8 +189,8 @@ inline bool spans(const Matrix& m) { return m.group % kSpan == 0; }
 // The same, and the last one is whole too, as tiles take them.
 inline bool whole_spans(const Matrix& m) { return spans(m) && m.columns % kSpan == 0; }
 
-inline bool PromptKernels::suits(const Matrix& m) const {
-  return m.kind == Kind::bf16 ? split != nullptr : m.kind == Kind::int4 && whole_spans(m);
+inline bool PromptKernels::suits(const Matrix& m, bool fine) const {
+  return m.kind == Kind::bf16 ? split != nullptr : m.kind == Kind::int4 && whole_spans(m) && (fine || eight_bits);
 }
 
 // A group's zero points lie so far behind its scales, and its codes behind these.

@@ -82,7 +82,7 @@ void Model::prepare() {
     stride_ = std::max(stride_, size_t(layer.heads + 2 * layer.kv_heads) * shape.head_dim);
     const auto look = [&](const Matrix& m) {
       const bool codes = m.data && (m.kind == Kind::int4 || m.kind == Kind::int8);
-      codes_ |= codes, others_ |= codes && !(shape.fine && kernels.prompts && kernels.prompts->suits(m));
+      codes_ |= codes, others_ |= codes && !(kernels.prompts && kernels.prompts->suits(m, shape.fine));
     };
     for (const Matrix* m : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
       look(*m), floats_ |= m->kind == Kind::bf16;
@@ -474,7 +474,7 @@ void Model::multiply(std::initializer_list<Product> products, const Activations&
 
 // Whether this call has `PromptKernels` for such weights.
 bool Model::goes_own_way(const Matrix& m) const {
-  return prompts_ && prompts_->suits(m) && (m.kind == Kind::bf16 ? floats_ : shape.fine);
+  return prompts_ && prompts_->suits(m, shape.fine) && (m.kind != Kind::bf16 || floats_);
 }
 
 // What products of codes like these read, for several of `multiply`; whether there are any.

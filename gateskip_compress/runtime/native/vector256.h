@@ -116,8 +116,8 @@ struct Avx2 {
     return _mm256_set1_epi32(both);
   }
   static I less(I a, I b) { return (I)_mm256_sub_epi16((__m256i)a, (__m256i)b); }
-  static I whole_at(const int16_t* p) { return (I)_mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void put_whole(int16_t* to, I v) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)v); }
+  static I whole_at(const uint8_t* p) { return (I)_mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void put_whole(uint8_t* to, I v) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)v); }
 };
 
 }  // namespace

@@ -81,8 +81,8 @@ struct Avx512 {
     return sum;
   }
   static I less(I a, I b) { return (I)_mm512_sub_epi16((__m512i)a, (__m512i)b); }
-  static I whole_at(const int16_t* p) { return (I)_mm512_load_si512(p); }
-  static void put_whole(int16_t* to, I v) { _mm512_store_si512(to, (__m512i)v); }
+  static I whole_at(const uint8_t* p) { return (I)_mm512_load_si512(p); }
+  static void put_whole(uint8_t* to, I v) { _mm512_store_si512(to, (__m512i)v); }
 };
 
 }  // namespace
