@@ -12,7 +12,9 @@ read bandwidth measured in the same run.
 
 Peers run in their own processes: --peers is a Python that has openvino-genai and llama-cpp-python, which may be another
 than ours. Both read the same GGUF file (Q4_1 for the embedded model), OpenVINO also what it converts that to, which
-loads faster; ours and transformers read the checkpoint. A peer that is missing is said, and has a row that says so.
+loads faster, and once more without rounding activations to 8 bits (by 32), as it does unless told not to; ours are of
+16 bits but for one row. Ours and transformers read the checkpoint. A peer that is missing is said, and has a row that
+says so.
 Prompts are the text's first tokens.
 """
 
@@ -42,7 +44,8 @@ from gateskip_compress.runtime.watch import Times
 from gateskip_compress.speculation.acceptance import Acceptance
 
 BUDGETS = (0.75, 0.5)
-PEERS = ("llama.cpp", "OpenVINO GenAI", "OpenVINO GenAI, converted")
+WHOLE = "OpenVINO GenAI, activations not in 8 bits"
+PEERS = ("llama.cpp", "OpenVINO GenAI", "OpenVINO GenAI, converted", WHOLE)
 LOADS = 3
 # Runs in the peer's Python: prints its load seconds, then, for each line, [prompts, number of new tokens], the seconds
 # to the first token and those from there on.
@@ -63,8 +66,9 @@ if name == "llama.cpp":
             if len(seen) == count: return seen[0] - start, seen[-1] - seen[0]
 else:
     import numpy, openvino, openvino_genai
-    save = {"enable_save_ov_model": True} if len(sys.argv) > 5 else {}
-    model = openvino_genai.LLMPipeline(file, "CPU", INFERENCE_NUM_THREADS=threads, **save)
+    more = {"enable_save_ov_model": True} if len(sys.argv) > 5 else {}
+    if name.endswith("not in 8 bits"): more["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+    model = openvino_genai.LLMPipeline(file, "CPU", INFERENCE_NUM_THREADS=threads, **more)
     config = openvino_genai.GenerationConfig()
     config.ignore_eos, config.do_sample = True, False
     def run(prompts, count):
@@ -125,7 +129,6 @@ def measure(scratch: Path) -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts at once; llama.cpp takes part at 1")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None, help="of every contestant; default: one a core")
-    parser.add_argument("--activation-bits", type=int, default=16, choices=(8, 16))
     parser.add_argument(
         "--dtype", default="bfloat16", help="of transformers; float32 where the processor has no bfloat16"
     )
@@ -138,7 +141,6 @@ def measure(scratch: Path) -> None:
         context_tokens=max(given.prompts) + given.new_tokens + 1,
         rows=given.batch,
         threads=given.threads,
-        activation_bits=given.activation_bits,
     )
     session = lower()
     lower(beside=Path(given.model))  # packs
@@ -147,7 +149,8 @@ def measure(scratch: Path) -> None:
     }
     threads = given.threads or runtime.doctor()["cores"]
     torch.set_num_threads(threads)
-    contestants = _ours(session, lower(cache="int8"), given.dtype)
+    variants = {"8-bit cache": lower(cache="int8"), "8-bit activations": lower(activation_bits=8)}
+    contestants = _ours(session, variants, given.dtype)
     absent: dict[str, str] = {}
     for name in PEERS:
         try:
@@ -175,7 +178,6 @@ def measure(scratch: Path) -> None:
                     "cache_bytes_per_token": kept if ours else None,
                     "roofline_share": steps * (session.bytes_per_token + kept) / bandwidth if ours else None,
                     "kernels": session.kernels,
-                    "activation_bits": given.activation_bits,
                     "model": Path(given.model).name,
                     **environment(model),
                 }
@@ -192,8 +194,8 @@ def position_bytes(model: PreTrainedModel) -> int:
     return sum(2 * key_value_features(family, block) for block in attending)
 
 
-def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[str, Run]:
-    """The session at its budgets, one with a cache of 8 bits, and transformers with the model that was compressed."""
+def _ours(session: runtime.Session, variants: dict[str, runtime.Session], dtype: str) -> dict[str, Run]:
+    """The session at its budgets, its variants, and transformers with the model that was compressed."""
     model = session.model
 
     def call(generate: Callable[..., Any], budget: float, **settings: Any) -> Run:
@@ -213,7 +215,7 @@ def _ours(session: runtime.Session, eight: runtime.Session, dtype: str) -> dict[
     if is_gated(model):
         floor = dial_of(model).floor
         found |= {f"native, budget {b}": call(session.generate, b) for b in BUDGETS if b >= floor}
-    found["native, 8-bit cache"] = call(eight.generate, 1.0)
+    found |= {f"native, {name}": call(variant.generate, 1.0) for name, variant in variants.items()}
     if session.rows == 1:
         found["native, speculative"] = call(session.generate, 1.0, speculate=True, acceptance=Acceptance())
     original = g.load(model.gateskip.original["source"], dtype=dtype)[0]
