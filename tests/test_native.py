@@ -33,7 +33,7 @@ KERNELS = [name for name, _ in native.kernels()]
 EXACT = dict(floats="f32", head="f32", cache="f32", context_tokens=128, threads=1)
 WAYS = pytest.mark.parametrize(
     ("prompt", "atol"),
-    [(False, 5e-5), (True, 2e-4 if native.prompt_kernels() else 5e-5)],  # there of 16 bits
+    [(False, 5e-5), (True, 2e-4 if native.prompt_kernels("bf16") else 5e-5)],  # there of 16 bits
     ids=["verifying", "as a prompt"],
 )
 FAMILIES = ("llama", "mistral", "mistral, sliding", "qwen2", "qwen3", "smollm3", "gemma3_text")

@@ -61,7 +61,8 @@ Activations Model::activations(int columns) {
   Activations a;
   a.columns = padded(columns, kChunk);
   a.x = floats(size_t(window) * a.columns);
-  if (kernels.prompts && kernels.prompts->split && floats_) a.halves = reinterpret_cast<uint16_t*>(floats(window * a.halves_apart() / 2));
+  if (kernels.prompts && kernels.prompts->split && floats_)
+    a.halves = reinterpret_cast<uint16_t*>(floats(window * a.halves_apart() / 2));
   a.q = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));
   if (shape.fine) {
     a.fine = reinterpret_cast<int8_t*>(floats(size_t(window) * a.columns / 4));

@@ -33,8 +33,8 @@ constexpr int kMiddle = 15;  // codes of 8 bits are of 0 to 30 and stand for thi
 template <bool fine>
 constexpr int kSpanBytes = fine ? 2 * kSpan : kSpan;
 
-// By tile, span and token, codes: of 16 bits in the order of `wide`; of 8 with a scale each, and what kMiddle is to be made
-// up for by. Of 16 bits, a scale for each token.
+// By tile, span and token: codes, of 16 bits in the order of `wide`; with those of 8 bits a scale each, and what makes up
+// for kMiddle. Of 16 bits there is a scale for each token.
 template <class V, bool fine>
 void round_rows(const Activations& a, int columns, const int* tokens, int count) {
   using I = typename V::I;
@@ -99,7 +99,7 @@ void unpack_block(const Matrix& m, int block, uint8_t* to) {
   }
 }
 
-// A tile's codes, scales and shifts, and the outputs of its first `count` tokens.
+// Codes, scales and shifts of tokens that are multiplied at once, the first `count` of which are wanted.
 struct Tile {
   const int8_t* rows;
   const float* scales;
@@ -166,8 +166,7 @@ void multiply_rows(const Product& product, const int* tokens, int count) {
     for (int first = 0, size; first < count; first += size) {
       size = tile_of<V>(count - first);
       if (block + 1 < product.end)
-        for (const uint8_t* until = next + bytes * std::min(first + size, count) / count; fetched < until; fetched += 64)
-          __builtin_prefetch(fetched);
+        for (; fetched < next + bytes * std::min(first + size, count) / count; fetched += 64) __builtin_prefetch(fetched);
       const size_t place = size_t(first) * spans;
       const Tile tile = {rooms.codes.of(0) + place * kSpanBytes<fine>, rooms.scales.of(0) + (fine ? first : place),
                          rooms.shifts.of(0) + (fine ? 0 : place), tokens + first, std::min(size, count - first)};

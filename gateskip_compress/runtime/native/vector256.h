@@ -108,7 +108,9 @@ struct Avx2 {
   }
   // A chunk's sum, 32 products of 128 * 32639 at most, fits 32 bits.
   static I add_pairs(I sum, I w, const int16_t* x) {
-    return (I)in_order(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, two(x))));
+    // in place, and in order: GCC would move every sum
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16((__m256i)w, two(x))));
+    return sum;
   }
   static __m256i two(const int16_t* x) {
     int32_t both;
