@@ -44,8 +44,12 @@ from gateskip_compress.runtime.watch import Times
 from gateskip_compress.speculation.acceptance import Acceptance
 
 BUDGETS = (0.75, 0.5)
-WHOLE = "OpenVINO GenAI, activations not in 8 bits"
-PEERS = ("llama.cpp", "OpenVINO GenAI", "OpenVINO GenAI, converted", WHOLE)
+PEERS = (
+    "llama.cpp",
+    "OpenVINO GenAI",
+    "OpenVINO GenAI, converted",
+    "OpenVINO GenAI, activations not in 8 bits",
+)
 LOADS = 3
 # Runs in the peer's Python: prints its load seconds, then, for each line, [prompts, number of new tokens], the seconds
 # to the first token and those from there on.

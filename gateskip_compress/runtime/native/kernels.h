@@ -114,7 +114,8 @@ struct PromptQueries {
 // Many tokens of one sequence, where a processor has a faster way for them: attention, products of bf16, and of 4-bit
 // codes. What is multiplied by floats is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one; by
 // codes, activations of 16 bits whose whole rows share a scale, or of 8 as elsewhere. Sums are about as exact as
-// `Kernels`', but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes no such way.
+// `Kernels`', but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes
+// no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`; or none, and no products of bf16
   // Rounds what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.

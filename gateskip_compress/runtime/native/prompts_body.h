@@ -48,7 +48,7 @@ void round_rows(const Activations& a, int columns, const int* tokens, int count)
     tile = tile_of<V>(count - first);
     for (int i = 0; i < std::min(tile, count - first); ++i) {
       const float* from = a.floats(tokens[first + i]);
-      float top = largest<V>(from, columns);
+      float top = fine ? largest<V>(from, columns) : 0;
       if (fine) scales[first + i] = top / kMostFine + top * 0;
       for (int span = 0; span < spans; ++span, from += kSpan) {
         const size_t place = size_t(first) * spans + span * tile + i;
