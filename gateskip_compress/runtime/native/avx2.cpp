@@ -19,7 +19,7 @@
 
 namespace gateskip {
 
-const Kernels avx2_kernels = table<Avx2>("avx2", &prompts_by<Avx2>);
+const Kernels avx2_kernels = table<Avx2>("avx2", &prompts_by<Avx2, Way::pairs>);
 
 }  // namespace gateskip
 

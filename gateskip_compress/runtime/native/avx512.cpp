@@ -23,7 +23,8 @@
 
 namespace gateskip {
 
-const Kernels avx512_kernels = table<Avx512>("avx512vnni", &prompts_by<Avx512>);
+const Kernels avx512_kernels = table<Avx512>("avx512vnni", &prompts_by<Avx512, Way::pairs>);
+const Kernels winograd_kernels = table<Avx512>("avx512vnni-winograd", &prompts_by<Avx512, Way::sums>);
 
 }  // namespace gateskip
 

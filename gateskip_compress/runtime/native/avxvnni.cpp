@@ -35,7 +35,7 @@ struct AvxVnni : Avx2 {
 
 }  // namespace
 
-const Kernels avxvnni_kernels = table<AvxVnni>("avxvnni", &prompts_by<AvxVnni>);
+const Kernels avxvnni_kernels = table<AvxVnni>("avxvnni", &prompts_by<AvxVnni, Way::pairs>);
 
 }  // namespace gateskip
 

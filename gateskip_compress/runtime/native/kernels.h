@@ -113,7 +113,7 @@ struct PromptQueries {
 
 // Many tokens of one sequence, where a processor has a faster way for them: attention, products of bf16, and of 4-bit
 // codes. What is multiplied by floats is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one; by
-// codes, activations of 16 bits whose whole rows share a scale, or of 8 as elsewhere. Sums are about as exact as
+// codes, activations of 16 bits (or 15) whose whole rows share a scale, or of 8 as elsewhere. Sums are about as exact as
 // `Kernels`', but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes
 // no such way.
 struct PromptKernels {
@@ -157,7 +157,7 @@ struct Kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GATESKIP_X86 1
-extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
+extern const Kernels avx512_kernels, winograd_kernels, avxvnni_kernels, avx2_kernels;
 #else
 #define GATESKIP_X86 0
 #endif

@@ -80,6 +80,21 @@ struct Avx512 {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Two*>(x)));
     return sum;
   }
+  // What the two 16-bit halves of x are times those of w, added to each sum.
+  static I add_products(I sum, I w, I x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+  // w + the 32 bits at x
+  static I plus(I w, const void* x) {
+    struct Four {
+      int8_t of[4];
+    };
+    asm("vpaddd %2%{1to16%}, %1, %0" : "=v"(w) : "v"(w), "m"(*static_cast<const Four*>(x)));
+    return w;
+  }
+  // Products of each two that are next to each other, positive, in the lower one's place.
+  static I neighbours(I v) { return (I)_mm512_mul_epu32((__m512i)v, _mm512_srli_epi64((__m512i)v, 32)); }
   static I less(I a, I b) { return (I)_mm512_sub_epi16((__m512i)a, (__m512i)b); }
   static I whole_at(const uint8_t* p) { return (I)_mm512_load_si512(p); }
   static void put_whole(uint8_t* to, I v) { _mm512_store_si512(to, (__m512i)v); }
