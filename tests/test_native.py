@@ -84,10 +84,10 @@ def test_float_models_equal_transformers(family, kernels, prompt, atol):
     torch.testing.assert_close(found, torch_logits(model, ids), rtol=0, atol=atol)  # float32 sums in another order
 
 
-@pytest.mark.parametrize(("cache", "atol"), [("f32", 5e-4), ("f16", 3e-3)])
+@pytest.mark.parametrize(("cache", "atol"), [("f32", 5e-4), ("f16", 7e-3)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_prompts_of_bf16_models_give_what_verifying_gives(family, cache, atol):
-    """With keys of 16 bits up to those at the edge between two, which fall either way."""
+    """With keys of 16 bits up to what these change logits themselves, 0.0063 of llama, as scores may be as coarse."""
     ids = tokens(1, 120)[0]
     session = lower(tiny(family), **EXACT | dict(floats="bf16", cache=cache))
     verified = logits_after(session, ids)

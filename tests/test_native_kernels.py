@@ -186,9 +186,9 @@ def test_products_of_prompts(fine, rows, columns, count, seed):
         assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums
 
 
-def rounded_rows(kernels, x):
-    """Activations of 16 bits, or 15, whose whole rows share a scale, by the same steps in float32; as float64."""
-    most = np.float32(16368 if kernels.endswith("winograd") else 32639)
+def rounded_rows(x, most):
+    """Whole rows to codes up to `most` that share a scale, by the same steps in float32; as float64."""
+    most = np.float32(most)
     top = np.abs(x).max(axis=1, keepdims=True)
     codes = np.rint(x * (most / top)).clip(-most, most)
     return codes.astype(float) * (top / most).astype(float)
@@ -212,7 +212,8 @@ def test_products_of_codes_of_prompts(fine, rows, spans, group, count, seed):
     for kernels in PROMPTS if fine else EIGHT_BIT_PROMPTS:
         matrix = packed(kernels, "int4", codes, scale, zero, group, bias)
         found = native.multiply(kernels, matrix, x, fine, prompt=True)
-        close_sums(found, weight, rounded_rows(kernels, x) if fine else rounded(kernels, x, False), bias)
+        most = 16368 if kernels.endswith("winograd") else 32639  # of 15 bits, of 16
+        close_sums(found, weight, rounded_rows(x, most) if fine else rounded(kernels, x, False), bias)
         some = native.multiply(kernels, matrix, x[: (count + 1) // 2], fine, prompt=True)
         assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums
 
@@ -466,10 +467,43 @@ def test_attention_of_prompts(element, count, first, window, sixteens, sharp, se
     kept = _as_kept(keys, values, element)
     for kernels in PROMPTS:
         found = native.attend(kernels, query, keys, values, begins, ends, element, prompt=True)
-        close_attention(kernels, found, query, kept, begins, ends, 3e-5)  # of two bfloat16, 16 bits, and their sums
+        scored = query, kept[0]  # or two of bfloat16, 16 bits
+        if kernels in EIGHT_BIT_PROMPTS and element != "f32":
+            scored = rounded_rows(query, 5792), rounded_rows(kept[0].astype(np.float32), 5792)
+        close_attention(kernels, found, scored[0], (scored[1], kept[1]), begins, ends, 3e-5)
         half = (count + 1) // 2
         some = native.attend(kernels, query[:half], keys, values, begins[:half], ends[:half], element, prompt=True)
         assert np.array_equal(some, found[:half])  # neither later queries nor later positions change a bit
+
+
+@for_prompts
+@pytest.mark.parametrize("element", ["f16", "int8"])
+@pytest.mark.parametrize(("key", "query"), [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_extreme_scores_of_prompts_do_not_overflow(element, key, query):
+    keys = np.full((70, 128), float(key), dtype=np.float32)
+    keys[40] = -key
+    values = np.random.default_rng(0).standard_normal((70, 128)).astype(np.float32)
+    queries, begins, ends = (
+        np.full((20, 128), query / 64, dtype=np.float32),
+        np.zeros(20, np.int32),
+        np.full(20, 70, np.int32),
+    )
+    kept = _as_kept(keys, values, element)
+    for kernels in PROMPTS:
+        found = native.attend(kernels, queries, keys, values, begins, ends, element, prompt=True)
+        close_attention(kernels, found, queries, kept, begins, ends, 3e-5)
+
+
+@for_prompts
+@pytest.mark.parametrize("element", ["f32", "f16"])
+def test_undefined_keys_and_queries_of_prompts_stay_their_own(element):
+    rng = np.random.default_rng(0)
+    keys, values = rng.standard_normal((2, 300, 64)).astype(np.float32)
+    queries, ends = rng.standard_normal((20, 64)).astype(np.float32), np.arange(281, 301, dtype=np.int32)
+    keys[290, 3], queries[5, 7] = np.nan, np.inf
+    for kernels in PROMPTS:
+        found = native.attend(kernels, queries, keys, values, np.zeros(20, np.int32), ends, element, prompt=True)
+        assert np.array_equal(np.isfinite(found).all(axis=1), (ends <= 290) & (np.arange(20) != 5))
 
 
 def test_kernels_without_a_way_for_prompts_say_so():

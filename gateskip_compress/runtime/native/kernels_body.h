@@ -7,6 +7,7 @@
 // elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
 // 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
 // stores activations in columns 0, 2, 1, 3 of each four, add_pairs adds the products of two with all lanes' codes.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -630,18 +631,17 @@ inline void weigh(float* scores, int begin, int end, float& largest, float& weig
 
 // Adds the values of positions [begin, end) to columns [column, column + W * lanes) of Q queries' parts.
 template <class V, class E, int Q, int W>
-inline void mix(const Queries& to, int first, int column, int begin, int end, const float (*weights)[kRun]) {
+inline __attribute__((always_inline)) void mix(const Queries& to, int first, int column, int begin, int end, const float (*weights)[kRun]) {
   F<V> sums[Q][W];
-  for (int i = 0; i < Q; ++i)
-    for (int w = 0; w < W; ++w) sums[i][w] = V::load(to.part[first + i] + column + w * V::lanes);
+  const auto part = [&](int i, int w) { return to.part[first + i] + column + w * V::lanes; };
+  unrolled<Q>([&](auto i) { unrolled<W>([&](auto w) { sums[i][w] = V::load(part(i, w)); }); });
   const E* values = static_cast<const E*>(to.values) + column;
   for (int p = begin; p < end; ++p)
     unrolled<W>([&](auto w) {
       const F<V> v = next<V, Q>(values + size_t(p) * to.head_dim + w * V::lanes, to.head_dim);
       unrolled<Q>([&](auto i) { sums[i][w] = V::add_times(sums[i][w], v, weights[i] + p); });
     });
-  for (int i = 0; i < Q; ++i)
-    for (int w = 0; w < W; ++w) V::store(to.part[first + i] + column + w * V::lanes, sums[i][w]);
+  unrolled<Q>([&](auto i) { unrolled<W>([&](auto w) { V::store(part(i, w), sums[i][w]); }); });
 }
 
 template <class V, class E, int Q>
@@ -654,50 +654,56 @@ inline void mix_all(const Queries& to, int first, int begin, int end, const floa
   for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end, weights);
 }
 
-// Q queries from `first` on. What only some of them see is added query by query, each query's positions in order.
+// Q queries' parts from `first` on, by their scores. What only some of them see is added query by query, each query's
+// positions in order.
 template <class V, class E, int Q>
-void attend_some(const Queries& to, int first) {
+void weigh_and_mix(const Queries& to, int first, float (*scores)[kRun]) {
   const int *begins = to.begin + first, *ends = to.end + first;
-  int earliest = begins[0], begin = earliest, end = ends[0], latest = end;
-  for (int i = 1; i < Q; ++i) {
-    earliest = begins[i] < earliest ? begins[i] : earliest;
-    begin = begins[i] > begin ? begins[i] : begin;
-    end = ends[i] < end ? ends[i] : end;
-    latest = ends[i] > latest ? ends[i] : latest;
-  }
-  end = end > begin ? end : begin;  // all queries see [begin, end)
-  constexpr int B = together<V, Q>;
-  const int blocks = (latest + V::lanes - 1) / V::lanes;
-  float weights[Q][kRun];
-  int block = earliest / V::lanes;
-  for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block, weights);
-  for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block, weights);
+  int begin = *std::max_element(begins, begins + Q), end = *std::min_element(ends, ends + Q);
+  end = std::max(begin, end);  // all queries see [begin, end)
   for (int i = 0; i < Q; ++i) {
     float* part = to.part[first + i];
-    weigh<V>(weights[i], begins[i], ends[i], part[to.head_dim], part[to.head_dim + 1]);
+    weigh<V>(scores[i], begins[i], ends[i], part[to.head_dim], part[to.head_dim + 1]);
     if constexpr (scaled<E>)
       for (int p = begins[i] / V::lanes * V::lanes; p < ends[i]; p += V::lanes)
-        V::store(weights[i] + p, V::load(weights[i] + p) * V::load(to.value_scales + p));
+        V::store(scores[i] + p, V::load(scores[i] + p) * V::load(to.value_scales + p));
     std::memset(part, 0, sizeof(float) * to.head_dim);
-    mix_all<V, E, 1>(to, first + i, begins[i], begin < ends[i] ? begin : ends[i], weights + i);
+    mix_all<V, E, 1>(to, first + i, begins[i], std::min(begin, ends[i]), scores + i);
   }
-  mix_all<V, E, Q>(to, first, begin, end, weights);
-  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, end > begins[i] ? end : begins[i], ends[i], weights + i);
+  mix_all<V, E, Q>(to, first, begin, end, scores);
+  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, std::max(end, begins[i]), ends[i], scores + i);
 }
 
-// So many queries at once, as long as there are, then fewer.
-template <class V, class E, int Q, int... fewer>
-void attend_all(const Queries& to, int first = 0) {
-  for (; first + Q <= to.count; first += Q) attend_some<V, E, Q>(to, first);
-  if constexpr (sizeof...(fewer) > 0) attend_all<V, E, fewer...>(to, first);
+template <class V, class E, int Q>
+void attend_some(const Queries& to, int first) {
+  constexpr int B = together<V, Q>;
+  const int earliest = *std::min_element(to.begin + first, to.begin + first + Q),
+            latest = *std::max_element(to.end + first, to.end + first + Q), blocks = padded(latest, V::lanes) / V::lanes;
+  float scores[Q][kRun];
+  int block = earliest / V::lanes;
+  for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block, scores);
+  for (; block < blocks; ++block) score_blocks<V, E, Q, 1>(to, first, block, scores);
+  weigh_and_mix<V, E, Q>(to, first, scores);
+}
+
+// each(Q, first): so many of them at once, as long as there are, then fewer.
+template <int Q, int... fewer, class Each>
+void by_most(int count, Each each, int first = 0) {
+  for (; first + Q <= count; first += Q) each(std::integral_constant<int, Q>(), first);
+  if constexpr (sizeof...(fewer) > 0) by_most<fewer...>(count, each, first);
+}
+
+template <class V, class E>
+void attend_all(const Queries& to) {
+  by_most<12, 6, 4, 3, 2, 1>(to.count, [&](auto Q, int first) { attend_some<V, E, Q>(to, first); });
 }
 
 template <class V>
 void attend(const Queries& to, Element element) {
   switch (element) {
-    case Element::f32: return attend_all<V, float, 12, 6, 4, 3, 2, 1>(to);
-    case Element::f16: return attend_all<V, uint16_t, 12, 6, 4, 3, 2, 1>(to);
-    case Element::int8: return attend_all<V, int8_t, 12, 6, 4, 3, 2, 1>(to);
+    case Element::f32: return attend_all<V, float>(to);
+    case Element::f16: return attend_all<V, uint16_t>(to);
+    case Element::int8: return attend_all<V, int8_t>(to);
   }
 }
 

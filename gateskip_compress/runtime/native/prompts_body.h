@@ -5,11 +5,17 @@
 namespace gateskip {
 namespace {
 
-struct PromptRooms {
+// Rows in tiles of those that are multiplied at once: by span and row codes, shifts and scales.
+struct Rows {
   Room<int8_t> codes;
-  Room<uint8_t> weights;
-  Room<float> scales, parts;
   Room<int32_t> shifts;
+  Room<float> scales;
+};
+
+struct PromptRooms {
+  Rows inputs, queries;
+  Room<uint8_t> weights, keys;
+  Room<float> key_scales, parts;
 };
 
 PromptRooms& prompt_rooms() {
@@ -25,6 +31,17 @@ constexpr int kAtOnce = V::lanes > 8 ? 12 : 6;
 template <class V>
 int tile_of(int left) {
   return std::min(kAtOnce<V>, padded(left, kAtOnce<V> / 3));
+}
+
+// each(size), a constant.
+template <class V, class Each>
+inline void of_tile(int size, Each each) {
+  constexpr int step = kAtOnce<V> / 3;
+  switch (size / step) {
+    case 1: return each(std::integral_constant<int, step>());
+    case 2: return each(std::integral_constant<int, 2 * step>());
+    case 3: return each(std::integral_constant<int, 3 * step>());
+  }
 }
 
 // How codes w are multiplied by activations a: `pairs` of 16 bits; `fours` of 8, where processors add these to sums
@@ -47,44 +64,52 @@ constexpr int kSpanBytes = way == Way::fours ? kSpan : 2 * kSpan;
 template <Way way>
 constexpr int kSpanWeights = kSpanBytes<way> + (way == Way::sums ? 4 : 0);
 
-// By tile, span and token: codes, of 16 bits in the order of `wide`; but for `pairs`, shifts that make up for what is
-// moved up. `fours` have scales in the same order; others have one for each token.
+// A span's first `count` floats, times `back`, to codes; the others are 0. Shifts make up for what is moved up, codes of
+// weights by `middle`.
+template <class V, Way way>
+int32_t round_span(const float* from, int count, float back, int most, int middle, int8_t* to) {
+  using I = typename V::I;
+  I sums = {};
+  for (int at = 0; at < kSpan; at += V::lanes) {
+    I code = at < count ? rounded<V>(V::load(from + at) * V::set(back), V::set(most)) : I{};
+    if constexpr (way == Way::fours) {
+      V::put_bytes(to + at, code), sums += code;
+    } else {
+      if constexpr (way == Way::sums) code += most, sums += V::neighbours(code + middle);
+      V::put_crossed(reinterpret_cast<int16_t*>(to) + at, code);
+    }
+  }
+  if (way == Way::pairs) return 0;
+  if (way == Way::fours) return -middle * V::sum(sums);
+  const uint32_t neither = most + middle;  // a weight and an activation that stand for 0
+  return static_cast<int32_t>(kSpan / 2 * neither * neither - static_cast<uint32_t>(V::sum(sums)));
+}
+
+inline float scale_of(float top, int most) { return top / most + top * 0; }  // undefined if `top` is
+inline float back_of(float top, int most) { return top > 0 ? most / top : 0; }
+
+// By tile, span and token: codes, of 16 bits in the order of `wide`; but for `pairs`, shifts. `fours` have scales in the
+// same order; others have one for each token.
 template <class V, Way way>
 void round_rows(const Activations& a, int columns, const int* tokens, int count) {
-  using I = typename V::I;
   constexpr bool own_scales = way == Way::fours;  // of spans
-  PromptRooms& rooms = prompt_rooms();
+  constexpr int most = kMostOf<way>;
+  Rows& to = prompt_rooms().inputs;
   const int all = padded(count, kAtOnce<V>), spans = columns / kSpan;
-  const F<V> most = V::set(kMostOf<way>);
-  int8_t* codes = rooms.codes.of(size_t(all) * spans * kSpanBytes<way>);
-  float* scales = rooms.scales.of(size_t(all) * (own_scales ? spans : 1));
-  int32_t* shifts = rooms.shifts.of(way == Way::pairs ? 0 : size_t(all) * spans);
+  int8_t* codes = to.codes.of(size_t(all) * spans * kSpanBytes<way>);
+  int32_t* shifts = to.shifts.of(size_t(all) * spans);
+  float* scales = to.scales.of(size_t(all) * (own_scales ? spans : 1));
   for (int first = 0, tile; first < count; first += tile) {
     tile = tile_of<V>(count - first);
     for (int i = 0; i < std::min(tile, count - first); ++i) {
       const float* from = a.floats(tokens[first + i]);
       float top = own_scales ? 0 : largest<V>(from, columns);
-      if (!own_scales) scales[first + i] = top / most[0] + top * 0;
+      if (!own_scales) scales[first + i] = scale_of(top, most);
       for (int span = 0; span < spans; ++span, from += kSpan) {
         const size_t place = size_t(first) * spans + span * tile + i;
-        if (own_scales) top = largest<V>(from, kSpan), scales[place] = top / most[0] + top * 0;
-        const F<V> back = V::set(top > 0 ? most[0] / top : 0);
-        int8_t* to = codes + place * kSpanBytes<way>;
-        I sums = {};
-        for (int at = 0; at < kSpan; at += V::lanes) {
-          I code = rounded<V>(V::load(from + at) * back, most);
-          if constexpr (way == Way::fours) {
-            V::put_bytes(to + at, code), sums += code;
-          } else {
-            if constexpr (way == Way::sums) code += kMostSummed, sums += V::neighbours(code + kMiddle);
-            V::put_crossed(reinterpret_cast<int16_t*>(to) + at, code);
-          }
-        }
-        if constexpr (way == Way::fours) shifts[place] = -kMiddle * V::sum(sums);
-        if constexpr (way == Way::sums) {
-          constexpr uint32_t neither = kMiddle + kMostSummed;  // a weight and an activation that stand for 0
-          shifts[place] = static_cast<int32_t>(kSpan / 2 * neither * neither - static_cast<uint32_t>(V::sum(sums)));
-        }
+        if (own_scales) top = largest<V>(from, kSpan), scales[place] = scale_of(top, most);
+        shifts[place] = round_span<V, way>(from, kSpan, back_of(top, most), most, kMiddle,
+                                           codes + place * kSpanBytes<way>);
       }
     }
   }
@@ -129,11 +154,11 @@ void unpack_block(const Matrix& m, int block, uint8_t* to) {
   }
 }
 
-// Codes, scales and shifts of tokens that are multiplied at once, the first `count` of which are wanted.
+// Codes, shifts and scales of tokens that are multiplied at once, the first `count` of which are wanted.
 struct Tile {
   const int8_t* rows;
-  const float* scales;
   const int32_t* shifts;
+  const float* scales;
   const int* tokens;
   int count;
 };
@@ -192,8 +217,8 @@ void multiply_tile(const Matrix& m, int block, const uint8_t* weights, const Til
         y[t] = V::fma(own_scales ? whole * V::set(scales[t]) : whole, s, y[t]);
       });
       weights += kSpanWeights<way> * V::lanes, rows += T * kSpanBytes<way>;
+      shifts += T;
       if (own_scales) scales += T;
-      if (way != Way::pairs) shifts += T;
     }
   }
   const F<V> bias = start<V>(m, block);
@@ -205,7 +230,6 @@ void multiply_tile(const Matrix& m, int block, const uint8_t* weights, const Til
 
 template <class V, Way way>
 void multiply_rows(const Product& product, const int* tokens, int count) {
-  constexpr int step = kAtOnce<V> / 3;
   if (count == 0) return;
   const Matrix& m = *product.matrix;
   PromptRooms& rooms = prompt_rooms();
@@ -220,16 +244,10 @@ void multiply_rows(const Product& product, const int* tokens, int count) {
       if (block + 1 < product.end)
         for (; fetched < next + bytes * std::min(first + size, count) / count; fetched += 64) __builtin_prefetch(fetched);
       const size_t place = size_t(first) * spans;
-      const Tile tile = {rooms.codes.of(0) + place * kSpanBytes<way>,
-                         rooms.scales.of(0) + (way == Way::fours ? place : first),
-                         rooms.shifts.of(0) + (way == Way::pairs ? 0 : place), tokens + first,
+      const Tile tile = {rooms.inputs.codes.of(0) + place * kSpanBytes<way>, rooms.inputs.shifts.of(0) + place,
+                         rooms.inputs.scales.of(0) + (way == Way::fours ? place : first), tokens + first,
                          std::min(size, count - first)};
-      const auto times = [&](auto T) { multiply_tile<V, way, T>(m, block, weights, tile, product.out); };
-      switch (size / step) {
-        case 1: times(std::integral_constant<int, step>()); break;
-        case 2: times(std::integral_constant<int, 2 * step>()); break;
-        case 3: times(std::integral_constant<int, 3 * step>()); break;
-      }
+      of_tile<V>(size, [&](auto T) { multiply_tile<V, way, T>(m, block, weights, tile, product.out); });
     }
   }
 }
@@ -241,52 +259,158 @@ void multiply_gathered(const Product& product, const Activations& a, const int* 
   multiply_rows<V, way>(product, tokens, count);
 }
 
+// Where processors add products to sums directly, scores are such products too, of queries and keys that are not kept in
+// float32, up to this: a span's sum fits 32 bits.
+constexpr int kMostScored = 5792;
+
+// Of a block of keys.
 template <class V, class E>
+inline F<V> channel_of(const PromptQueries& of, int block, int channel) {
+  const int d = of.head_dim;
+  const F<V> k = element<V>(static_cast<const E*>(of.keys) + (size_t(block) * d + channel) * V::lanes);
+  if constexpr (!scaled<E>) return k;
+  return k * V::load(of.key_scales + (size_t(block) * key_groups(d) + channel / kKeyGroup) * V::lanes);
+}
+
+// A block of keys as `unpack_block` leaves weights, and a scale of each.
+template <class V, class E, Way way>
+void round_keys(const PromptQueries& of, int block, uint8_t* to, float* scales) {
+  using I = typename V::I;
+  const int d = of.head_dim;
+  const F<V> most = V::set(kMostScored);
+  const I up = I{} + (way == Way::sums ? kMostScored : 0), none = I{} + kMostScored * 0x10001;
+  I sizes = {};  // as in `largest`
+  for (int channel = 0; channel < d; ++channel) {
+    const I size = (I)channel_of<V, E>(of, block, channel) & 0x7fffffff;
+    sizes = size > sizes ? size : sizes;
+  }
+  const F<V> top = (F<V>)sizes, back = top > 0 ? most / top : V::set(0);
+  V::store(scales, top / most + top * 0);
+  for (int channel = 0; channel < d;) {
+    I alone = {};
+    for (const int span = channel + kSpan; channel < span; channel += 4, to += 8 * V::lanes) {
+      I own[4];
+      unrolled<4>([&](auto i) {
+        own[i] = up;
+        if (channel + i < d) own[i] += rounded<V>(channel_of<V, E>(of, block, channel + i) * back, most);
+      });
+      const I even = (own[0] & 0xffff) | own[2] << 16, odd = (own[1] & 0xffff) | own[3] << 16;
+      V::put_whole(to, even), V::put_whole(to + 4 * V::lanes, odd);
+      if constexpr (way == Way::sums) alone = V::add_products(alone, even + none, odd + none);
+    }
+    if constexpr (way == Way::sums) V::put_whole(to, -alone), to += 4 * V::lanes;
+  }
+}
+
+// The i-th query of a tile.
+template <class V, Way way>
+void round_query(const float* x, int head_dim, int i, int tile, Rows& to) {
+  const float top = largest<V>(x, head_dim);
+  to.scales.of(0)[i] = scale_of(top, kMostScored);
+  for (int at = 0, place = i; at < head_dim; at += kSpan, place += tile)
+    to.shifts.of(0)[place] = round_span<V, way>(x + at, std::min(kSpan, head_dim - at), back_of(top, kMostScored),
+                                                kMostScored, kMostScored, to.codes.of(0) + place * kSpanBytes<way>);
+}
+
+// Scores of T queries at a block of keys.
+template <class V, Way way, int T>
+void score_tile(const uint8_t* keys, const float* key_scales, Rows& queries, int spans, float* const* to) {
+  const int8_t* rows = queries.codes.of(0);
+  F<V> y[T];
+  unrolled<T>([&](auto t) { y[t] = V::set(0); });
+  for (int span = 0; span < spans; ++span, keys += kSpanWeights<way> * V::lanes) {
+    typename V::I sum[T];
+    span_dots<V, way, T>(keys, rows + span * T * kSpanBytes<way>, queries.shifts.of(0) + span * T, sum);
+    unrolled<T>([&](auto t) { y[t] = y[t] + V::whole(sum[t]); });
+  }
+  const F<V> s = V::load(key_scales);
+  unrolled<T>([&](auto t) { V::store(to[t], y[t] * (s * V::set(queries.scales.of(0)[t]))); });
+}
+
+template <class V, class E, Way way>
 void attend_queries(const PromptQueries& to, Element element) {
-  const int d = to.head_dim;
+  constexpr bool by_codes = V::direct && sizeof(E) < sizeof(float);
+  constexpr int most = by_codes ? kAtOnce<V> : kMostQueries;
+  const int d = to.head_dim, spans = padded(d, kSpan) / kSpan;
+  PromptRooms& rooms = prompt_rooms();
+  int begin = to.queries[0].begin, end = 0;
+  for (int i = 0; i < to.count; ++i)
+    begin = std::min(begin, to.queries[i].begin), end = std::max(end, to.queries[i].end);
+  const int first_block = begin / V::lanes, blocks = padded(end, V::lanes) / V::lanes - first_block;
+  const size_t apart = size_t(spans) * kSpanWeights<way> * V::lanes;  // of blocks
+  if constexpr (by_codes) {
+    rooms.queries.codes.of(most * spans * kSpanBytes<way>), rooms.queries.shifts.of(most * spans);
+    rooms.queries.scales.of(most), rooms.keys.of(blocks * apart), rooms.key_scales.of(blocks * V::lanes);
+    for (int i = 0; i < blocks; ++i)
+      round_keys<V, E, way>(to, first_block + i, rooms.keys.of(0) + i * apart, rooms.key_scales.of(0) + i * V::lanes);
+  }
+  const size_t size = Queries::part_size(d);
   Queries now;
   now.head_dim = d;
-  for (int first = 0; first < to.count; first += kMostQueries) {
-    const int count = std::min(kMostQueries, to.count - first);
+  for (int first = 0; first < to.count; first += most) {
+    const int count = std::min(most, to.count - first), tile = by_codes ? tile_of<V>(count) : count;
     const PromptQuery* queries = to.queries + first;
     int first_run = queries[0].begin / kRun, end_run = 0;
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < count; ++i) {
       first_run = std::min(first_run, queries[i].begin / kRun), end_run = std::max(end_run, runs_of(queries[i].end));
-    const size_t size = Queries::part_size(d), apart = size * (end_run - first_run);
-    float* parts = prompt_rooms().parts.of(kMostQueries * apart);
+      if constexpr (by_codes) round_query<V, way>(queries[i].x, d, i, tile, rooms.queries);
+    }
+    const size_t part = size * (end_run - first_run);
+    float* parts = rooms.parts.of(most * part);
     for (int run = first_run; run < end_run; ++run) {
-      const size_t from = size_t(run) * kRun;
-      now.keys = static_cast<const E*>(to.keys) + from * d, now.values = static_cast<const E*>(to.values) + from * d;
+      const int from = run * kRun;
+      now.keys = static_cast<const E*>(to.keys) + size_t(from) * d;
+      now.values = static_cast<const E*>(to.values) + size_t(from) * d;
       if constexpr (scaled<E>)
-        now.key_scales = to.key_scales + from * key_groups(d), now.value_scales = to.value_scales + from;
+        now.key_scales = to.key_scales + size_t(from) * key_groups(d), now.value_scales = to.value_scales + from;
+      float scores[most + 1][kRun], *rows[most];  // the last of queries that see nothing here, or are none
+      int earliest = kRun, latest = 0;
       now.count = 0;
-      for (int i = 0; i < count; ++i) {
-        const int begin = std::max(queries[i].begin - run * kRun, 0), end = std::min(queries[i].end - run * kRun, kRun);
-        if (begin >= end) continue;
-        now.query[now.count] = queries[i].x, now.part[now.count] = parts + i * apart + (run - first_run) * size;
-        now.begin[now.count] = begin, now.end[now.count++] = end;
+      for (int i = 0; i < tile; ++i) {
+        const int own = i < count ? std::max(queries[i].begin - from, 0) : kRun,
+                  last = i < count ? std::min(queries[i].end - from, kRun) : 0;
+        rows[i] = scores[own < last ? now.count : most];
+        if (own >= last) continue;
+        now.query[now.count] = queries[i].x, now.part[now.count] = parts + i * part + (run - first_run) * size;
+        now.begin[now.count] = own, now.end[now.count++] = last;
+        earliest = std::min(earliest, own), latest = std::max(latest, last);
       }
-      if (now.count) attend<V>(now, element);
+      if (now.count == 0) continue;
+      if constexpr (by_codes) {
+        for (int at = earliest / V::lanes * V::lanes; at < latest; at += V::lanes) {
+          const int block = (from + at) / V::lanes - first_block;
+          float* here[most];
+          for (int i = 0; i < tile; ++i) here[i] = rows[i] + at;
+          of_tile<V>(tile, [&](auto T) {
+            score_tile<V, way, T>(rooms.keys.of(0) + block * apart, rooms.key_scales.of(0) + block * V::lanes,
+                                  rooms.queries, spans, here);
+          });
+        }
+        by_most<12, 6, 4, 3, 2, 1>(now.count, [&](auto Q, int at) { weigh_and_mix<V, E, Q>(now, at, scores + at); });
+      } else {
+        attend<V>(now, element);
+      }
     }
     for (int i = 0; i < count; ++i) {
       const int own = queries[i].begin / kRun;
-      merge<V>(parts + i * apart + (own - first_run) * size, runs_of(queries[i].end) - own, d, queries[i].out);
+      merge<V>(parts + i * part + (own - first_run) * size, runs_of(queries[i].end) - own, d, queries[i].out);
     }
   }
 }
 
-template <class V>
+template <class V, Way way>
 void attend_prompt(const PromptQueries& to, Element element) {
+  if (to.count == 0) return;
   switch (element) {
-    case Element::f32: return attend_queries<V, float>(to, element);
-    case Element::f16: return attend_queries<V, uint16_t>(to, element);
-    case Element::int8: return attend_queries<V, int8_t>(to, element);
+    case Element::f32: return attend_queries<V, float, way>(to, element);
+    case Element::f16: return attend_queries<V, uint16_t, way>(to, element);
+    case Element::int8: return attend_queries<V, int8_t, way>(to, element);
   }
 }
 
 // Those whose activations of 16 bits go such a way.
 template <class V, Way way>
-constexpr PromptKernels prompts_by = {nullptr, gather_rows<V, way>, multiply_gathered<V, way>, attend_prompt<V>,
+constexpr PromptKernels prompts_by = {nullptr, gather_rows<V, way>, multiply_gathered<V, way>, attend_prompt<V, way>,
                                       V::direct};
 
 }  // namespace
