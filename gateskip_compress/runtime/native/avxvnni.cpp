@@ -5,6 +5,7 @@
 #if GATESKIP_X86
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)

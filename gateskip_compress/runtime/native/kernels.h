@@ -1,22 +1,22 @@
 // What a processor does to numbers: one table of functions per instruction set, and the layout of weights they read.
 //
-// A matrix is cut into blocks of `lanes` output rows. Inside a block, neighbouring bytes belong to neighbouring rows, so
-// one vector holds the same columns of every row of the block, and sums need no horizontal additions:
+// A matrix is cut into blocks of `lanes` output rows. Inside a block, neighbouring bytes belong to neighbouring rows,
+// so one vector holds the same columns of every row of the block, and sums need no horizontal additions:
 //
 //   int4  for each group: lanes scales (float, or float16), lanes zero points (byte); then for each 8 columns, for each
 //         row, 4 bytes: column c in the low half of byte c, column 4 + c in its high half
 //   int8  the same, with 4 columns in 4 bytes
 //   bf16, f32  for each column, one value per row
 //
-// Activations are rounded in spans of 64 that share a scale: to 8 bits, x = scale * q, or to 16, in two bytes, 256 * q +
-// fine in place of q. With codes w, zero points z and weight scales s of a group,
+// Activations are rounded in spans of 64 that share a scale: to 8 bits, x = scale * q, or to 16, in two bytes, 256 * q
+// + fine in place of q. With codes w, zero points z and weight scales s of a group,
 //
 //   y = bias + sum over groups of s * (sum over spans of scale * (w · q) - z * sum over spans of scale * sum(q))
 //
 // Sums over a span, or over a chunk of 32 where groups are not whole spans, are exact integers, rounded once to float.
-// Every float operation of a token is done in the same order however many tokens there are in a call, so k tokens in one
-// call give the bits of k calls: speculation rests on it. (`PromptKernels` have an order of their own.) The files are
-// compiled without contraction of a * b + c, which would leave that order to the compiler.
+// Every float operation of a token is done in the same order however many tokens there are in a call, so k tokens in
+// one call give the bits of k calls: speculation rests on it. (`PromptKernels` have an order of their own.) The files
+// are compiled without contraction of a * b + c, which would leave that order to the compiler.
 #pragma once
 
 #include <cstddef>
@@ -113,9 +113,9 @@ struct PromptQueries {
 
 // Many tokens of one sequence, where a processor has a faster way for them: attention, products of bf16, and of 4-bit
 // codes. What is multiplied by floats is a sum of two bfloat16 (16 bits), or of 8-bit activations the nearest one; by
-// codes, activations of 16 bits (or 15) whose whole rows share a scale, or of 8 as elsewhere. Sums are about as exact as
-// `Kernels`', but added up in another order: bits differ, so verifying drafts, which is compared with single steps, goes
-// no such way.
+// codes, activations of 16 bits (or 15) whose whole rows share a scale, or of 8 as elsewhere; scores may be of queries
+// and keys of 13 bits. Sums are about as exact as `Kernels`', but added up in another order: bits differ, so verifying
+// drafts, which is compared with single steps, goes no such way.
 struct PromptKernels {
   void (*split)(const Activations&, int token, int begin, int end);  // as `quantize`; or none, and no products of bf16
   // Rounds what the calling thread's next products of codes read, the tokens' first `columns`, which are whole spans.

@@ -1,13 +1,12 @@
 // The kernels, written once over a vector type V. Each instruction set includes this file under its own target.
 //
-// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, add_times, bf16 and f16 (load lanes of
-// them), bytes and signed_bytes (lanes of them as floats), whole (floats of integers); Codes, 4 codes for each lane, with
-// load, low and high; put_bytes and put_f16, which store codes and floats as these; sum and most, of integers; codes8,
-// codes of 8 bits less `middle8`. Where `direct` is true, add_dots adds codes times the same 4 activations to a sum;
+// V gives: lanes; F, a vector of floats; I, one of 32-bit integers; load, store, set, fma, add_times, bf16 and f16 (load
+// lanes of them), bytes and signed_bytes (lanes of them as floats), whole (floats of integers); Codes, 4 codes for each
+// lane, with load, low and high; put_bytes and put_f16, which store codes and floats as these; sum and most, of integers;
+// codes8, codes of 8 bits less `middle8`. Where `direct` is true, add_dots adds codes times the same 4 activations to a sum;
 // elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
 // 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
 // stores activations in columns 0, 2, 1, 3 of each four, add_pairs adds the products of two with all lanes' codes.
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -631,7 +630,8 @@ inline void weigh(float* scores, int begin, int end, float& largest, float& weig
 
 // Adds the values of positions [begin, end) to columns [column, column + W * lanes) of Q queries' parts.
 template <class V, class E, int Q, int W>
-inline __attribute__((always_inline)) void mix(const Queries& to, int first, int column, int begin, int end, const float (*weights)[kRun]) {
+inline __attribute__((always_inline)) void mix(const Queries& to, int first, int column, int begin, int end,
+                                               const float (*weights)[kRun]) {
   F<V> sums[Q][W];
   const auto part = [&](int i, int w) { return to.part[first + i] + column + w * V::lanes; };
   unrolled<Q>([&](auto i) { unrolled<W>([&](auto w) { sums[i][w] = V::load(part(i, w)); }); });
@@ -654,13 +654,25 @@ inline void mix_all(const Queries& to, int first, int begin, int end, const floa
   for (; column < to.head_dim; column += V::lanes) mix<V, E, Q, 1>(to, first, column, begin, end, weights);
 }
 
+inline int least(const int* of, int count) {
+  int found = of[0];
+  for (int i = 1; i < count; ++i) found = of[i] < found ? of[i] : found;
+  return found;
+}
+
+inline int most(const int* of, int count) {
+  int found = of[0];
+  for (int i = 1; i < count; ++i) found = of[i] > found ? of[i] : found;
+  return found;
+}
+
 // Q queries' parts from `first` on, by their scores. What only some of them see is added query by query, each query's
 // positions in order.
 template <class V, class E, int Q>
 void weigh_and_mix(const Queries& to, int first, float (*scores)[kRun]) {
   const int *begins = to.begin + first, *ends = to.end + first;
-  int begin = *std::max_element(begins, begins + Q), end = *std::min_element(ends, ends + Q);
-  end = std::max(begin, end);  // all queries see [begin, end)
+  int begin = most(begins, Q), end = least(ends, Q);
+  end = end > begin ? end : begin;  // all queries see [begin, end)
   for (int i = 0; i < Q; ++i) {
     float* part = to.part[first + i];
     weigh<V>(scores[i], begins[i], ends[i], part[to.head_dim], part[to.head_dim + 1]);
@@ -668,17 +680,16 @@ void weigh_and_mix(const Queries& to, int first, float (*scores)[kRun]) {
       for (int p = begins[i] / V::lanes * V::lanes; p < ends[i]; p += V::lanes)
         V::store(scores[i] + p, V::load(scores[i] + p) * V::load(to.value_scales + p));
     std::memset(part, 0, sizeof(float) * to.head_dim);
-    mix_all<V, E, 1>(to, first + i, begins[i], std::min(begin, ends[i]), scores + i);
+    mix_all<V, E, 1>(to, first + i, begins[i], begin < ends[i] ? begin : ends[i], scores + i);
   }
   mix_all<V, E, Q>(to, first, begin, end, scores);
-  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, std::max(end, begins[i]), ends[i], scores + i);
+  for (int i = 0; i < Q; ++i) mix_all<V, E, 1>(to, first + i, end > begins[i] ? end : begins[i], ends[i], scores + i);
 }
 
 template <class V, class E, int Q>
 void attend_some(const Queries& to, int first) {
   constexpr int B = together<V, Q>;
-  const int earliest = *std::min_element(to.begin + first, to.begin + first + Q),
-            latest = *std::max_element(to.end + first, to.end + first + Q), blocks = padded(latest, V::lanes) / V::lanes;
+  const int earliest = least(to.begin + first, Q), blocks = padded(most(to.end + first, Q), V::lanes) / V::lanes;
   float scores[Q][kRun];
   int block = earliest / V::lanes;
   for (; block + B <= blocks; block += B) score_blocks<V, E, Q, B>(to, first, block, scores);

@@ -1,6 +1,8 @@
 // Prompts by vectors, written once over a V as `kernels_body.h` is, and included after it: products of 4-bit codes, of
-// which a block of rows is unpacked once for all tokens; attention, as of a few tokens, for any number.
-#include <algorithm>
+// which a block of rows is unpacked once for all tokens; attention, as of a few tokens, for any number. V gives
+// besides: less, of 16-bit integers; whole_at and put_whole, which load and store I at cache lines; for `Way::sums`
+// add_products, which adds products of pairs, plus, of 32 bits to all lanes, and neighbours, products of lanes next to
+// each other.
 
 namespace gateskip {
 namespace {
@@ -44,15 +46,15 @@ inline void of_tile(int size, Each each) {
   }
 }
 
-// How codes w are multiplied by activations a: `pairs` of 16 bits; `fours` of 8, where processors add these to sums
-// directly; or, where they add beside multiplying, by half of the multiplications (Winograd, "A New Algorithm for Inner
-// Product", IEEE Transactions on Computers, 1968), with pairs of `sums` in (w0 + a1) (w1 + a0) = w0 a0 + w1 a1 + w0 w1 +
-// a0 a1. Over a span, what these give where all a are 0 and where all w are is taken off, and what they give where both
-// are is added again; they may wrap around, as what is left fits.
+// How codes w of weights are multiplied by activations a: `pairs` of 16 bits; `fours` of 8, where processors add these to
+// sums directly; or `sums` in pairs, where they add beside multiplying: (w0 + a1) (w1 + a0) has w0 a0 + w1 a1 in it for
+// one multiplication (Winograd, "A New Algorithm for Inner Product", IEEE Transactions on Computers, 1968). What it has
+// besides is what it would be with all a at 0, and with all w at 0, less with both: so much is taken off a span's sum,
+// which may have wrapped around, as what is left fits.
 enum class Way { fours, pairs, sums };
 
-// Weights less their zero points, -15 to 15, are moved up by kMiddle, as the multiplications of `fours` want no sign; of
-// `sums` activations are too, as one addition of 32 bits is to be two of 16, and a bit less of them fits.
+// Weights less their zero points, -15 to 15, are moved up by kMiddle, as the multiplications of `fours` want no sign;
+// of `sums` activations are too, as one addition of 32 bits is to be two of 16, and a bit less of them fits.
 constexpr int kMiddle = 15, kMostSummed = (0x7fff - 2 * kMiddle) / 2;
 
 template <Way way>
@@ -64,8 +66,8 @@ constexpr int kSpanBytes = way == Way::fours ? kSpan : 2 * kSpan;
 template <Way way>
 constexpr int kSpanWeights = kSpanBytes<way> + (way == Way::sums ? 4 : 0);
 
-// A span's first `count` floats, times `back`, to codes; the others are 0. Shifts make up for what is moved up, codes of
-// weights by `middle`.
+// A span's first `count` floats, times `back`, to codes; the others are 0. Shifts make up for what is moved up, codes
+// of weights by `middle`.
 template <class V, Way way>
 int32_t round_span(const float* from, int count, float back, int most, int middle, int8_t* to) {
   using I = typename V::I;
@@ -88,8 +90,8 @@ int32_t round_span(const float* from, int count, float back, int most, int middl
 inline float scale_of(float top, int most) { return top / most + top * 0; }  // undefined if `top` is
 inline float back_of(float top, int most) { return top > 0 ? most / top : 0; }
 
-// By tile, span and token: codes, of 16 bits in the order of `wide`; but for `pairs`, shifts. `fours` have scales in the
-// same order; others have one for each token.
+// By tile, span and token: codes, of 16 bits in the order of `wide`; but for `pairs`, shifts. `fours` have scales in
+// the same order; others have one for each token.
 template <class V, Way way>
 void round_rows(const Activations& a, int columns, const int* tokens, int count) {
   constexpr bool own_scales = way == Way::fours;  // of spans
@@ -259,8 +261,8 @@ void multiply_gathered(const Product& product, const Activations& a, const int* 
   multiply_rows<V, way>(product, tokens, count);
 }
 
-// Where processors add products to sums directly, scores are such products too, of queries and keys that are not kept in
-// float32, up to this: a span's sum fits 32 bits.
+// Where processors add products to sums directly, scores are such products too, of queries and keys that are not kept
+// in float32, up to this: a span's sum fits 32 bits.
 constexpr int kMostScored = 5792;
 
 // Of a block of keys.
