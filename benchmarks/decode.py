@@ -6,7 +6,9 @@ that drift of the machine hits all alike; ratios are medians of the turns' own r
 loading, which has a column of its own: from a fresh process, imports included, to the first token, ours with packed
 weights kept beside the checkpoint, as `gateskip generate` starts, and as a session made of a Hugging Face model does.
 Beside tokens/s stand the bytes that a token reads, weights and kept keys and values, times tokens/s, as a share of the
-read bandwidth measured in the same run.
+read bandwidth measured in the same run; and the multiply-adds of a prompt, all of its tokens' in all layers and one
+token's logits, as a share of the most that torch's own products of large matrices reach, in 8-bit integers, bfloat16 or
+float32, measured likewise.
 
     python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
 
@@ -37,6 +39,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 import gateskip_compress as g
 from gateskip_compress import runtime
 from gateskip_compress.gating.turning import dial_of, is_gated
+from gateskip_compress.macs import head_macs, ungated_macs_per_token
 from gateskip_compress.measure import environment
 from gateskip_compress.model import blocks, family_of, has_branch, key_value_features
 from gateskip_compress.runtime.extension import extension
@@ -163,7 +166,7 @@ def measure(scratch: Path) -> None:
         except RuntimeError as error:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
-    bandwidth = extension().read_bandwidth(threads, 512, 9)
+    bandwidth, peak = extension().read_bandwidth(threads, 512, 9), multiply_peak()
     text = _tokens(given.text, tokenizer, max(given.prompts) + given.runs + 1 + APART * given.batch)
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a", buffering=1) as out:
@@ -172,6 +175,9 @@ def measure(scratch: Path) -> None:
             for row in rows:
                 ours, steps = row["contestant"] == "native", row["decode_tokens_per_s"] / given.batch
                 kept = given.batch * (length + given.new_tokens / 2) * position_bytes(session.model)
+                head = head_macs(session.model)
+                of_prompt = length * (ungated_macs_per_token(session.model, (length + 1) // 2) - head) + head
+                multiplied = of_prompt * row["prefill_tokens_per_s"] / length
                 row |= {
                     "batch": given.batch,
                     "prompt_tokens": length,
@@ -181,6 +187,9 @@ def measure(scratch: Path) -> None:
                     "weight_bytes_per_token": session.bytes_per_token if ours else None,
                     "cache_bytes_per_token": kept if ours else None,
                     "roofline_share": steps * (session.bytes_per_token + kept) / bandwidth if ours else None,
+                    "peak_multiply_adds_per_s": peak,
+                    "prefill_multiply_adds_per_s": multiplied if ours else None,
+                    "prefill_share": multiplied / peak if ours else None,
                     "kernels": session.kernels,
                     "model": Path(given.model).name,
                     **environment(model),
@@ -189,6 +198,19 @@ def measure(scratch: Path) -> None:
                 _print(row)
         for name, reason in absent.items():
             out.write(json.dumps({"benchmark": "decode", "contestant": name, "missing": reason}) + "\n")
+
+
+def multiply_peak(size: int = 1024, runs: int = 20) -> float:
+    """Multiply-adds a second of torch's own products, of the numbers that it is fastest with here."""
+    floats, multiply = torch.randn(size, size), torch.ops.aten
+    halves, whole = floats.bfloat16(), torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    best = float("inf")
+    for product, matrix in ((multiply.mm, floats), (multiply.mm, halves), (multiply._int_mm, whole)):
+        for _ in range(runs):
+            start = time.perf_counter()
+            product(matrix, matrix)
+            best = min(best, time.perf_counter() - start)
+    return size**3 / best
 
 
 def position_bytes(model: PreTrainedModel) -> int:
@@ -323,7 +345,9 @@ def _measure(
 
 
 def _print(row: dict[str, Any]) -> None:
-    share = "" if row["roofline_share"] is None else f"; {row['roofline_share']:.0%} of the read bandwidth"
+    share = ""
+    if row["roofline_share"] is not None:
+        share = f"; {row['roofline_share']:.0%} of the read bandwidth, {row['prefill_share']:.0%} of the multiply-adds"
     print(
         f"{row['prompt_tokens']:5} {row['contestant']:26} prefill {row['prefill_tokens_per_s']:6.0f} tok/s, "
         f"decode {row['decode_tokens_per_s']:6.1f} tok/s; native is {row['prefill_speedup_of_native']:.2f} × and "
