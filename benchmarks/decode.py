@@ -6,9 +6,9 @@ that drift of the machine hits all alike; ratios are medians of the turns' own r
 loading, which has a column of its own: from a fresh process, imports included, to the first token, ours with packed
 weights kept beside the checkpoint, as `gateskip generate` starts, and as a session made of a Hugging Face model does.
 Beside tokens/s stand the bytes that a token reads, weights and kept keys and values, times tokens/s, as a share of the
-read bandwidth measured in the same run; and the multiply-adds of a prompt, all of its tokens' in all layers and one
+read bandwidth measured in the same turn; and the multiply-adds of a prompt, all of its tokens' in all layers and one
 token's logits, as a share of the most that torch's own products of large matrices reach, in 8-bit integers, bfloat16 or
-float32, measured likewise.
+float32, measured in the same run.
 
     python benchmarks/decode.py runs/demo/model --gguf FILE --out benchmarks/results/decode.jsonl
 
@@ -166,27 +166,29 @@ def measure(scratch: Path) -> None:
         except RuntimeError as error:
             absent[name] = str(error)
             print(f"{name} is missing: {error}")
-    bandwidth, peak = extension().read_bandwidth(threads, 512, 9), multiply_peak()
+    read, peak = partial(extension().read_bandwidth, threads, 512, 2), multiply_peak()
     text = _tokens(given.text, tokenizer, max(given.prompts) + given.runs + 1 + APART * given.batch)
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a", buffering=1) as out:
         for length in given.prompts:
-            rows = _measure(contestants, text, length, given.new_tokens, given.batch, given.runs)
+            rows, bandwidths = _measure(contestants, text, length, given.new_tokens, given.batch, given.runs, read)
             for row in rows:
-                ours, steps = row["contestant"] == "native", row["decode_tokens_per_s"] / given.batch
+                ours = row["contestant"] == "native"
                 kept = given.batch * (length + given.new_tokens / 2) * position_bytes(session.model)
                 head = head_macs(session.model)
                 of_prompt = length * (ungated_macs_per_token(session.model, (length + 1) // 2) - head) + head
                 multiplied = of_prompt * row["prefill_tokens_per_s"] / length
+                bytes_read = given.new_tokens * (session.bytes_per_token + kept)
+                turns = zip(row["decode_s"], bandwidths, strict=True)
                 row |= {
                     "batch": given.batch,
                     "prompt_tokens": length,
                     "new_tokens": given.new_tokens,
                     **loads.get(row["contestant"], {"load_s": None}),
-                    "read_bytes_per_s": bandwidth,
+                    "read_bytes_per_s": bandwidths,
                     "weight_bytes_per_token": session.bytes_per_token if ours else None,
                     "cache_bytes_per_token": kept if ours else None,
-                    "roofline_share": steps * (session.bytes_per_token + kept) / bandwidth if ours else None,
+                    "roofline_share": median(bytes_read / seconds / most for seconds, most in turns) if ours else None,
                     "peak_multiply_adds_per_s": peak,
                     "prefill_multiply_adds_per_s": multiplied if ours else None,
                     "prefill_share": multiplied / peak if ours else None,
@@ -313,22 +315,34 @@ def _tokens(text: str, tokenizer: Any, count: int) -> list[int]:
 
 
 def _measure(
-    contestants: dict[str, Run], text: list[int], length: int, new_tokens: int, batch: int, runs: int
-) -> list[dict[str, Any]]:
-    """Turn by turn; a first turn warms up. Each prompt begins elsewhere: OpenVINO remembers those it has read."""
+    contestants: dict[str, Run],
+    text: list[int],
+    length: int,
+    new_tokens: int,
+    batch: int,
+    runs: int,
+    bandwidth: Callable[[], float],
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Turn by turn, the read bandwidth besides, after ours; a first turn warms up.
+
+    Each prompt begins elsewhere: OpenVINO remembers those it has read.
+    """
 
     def prompts(first: int) -> list[list[int]]:
         return [text[first + row * APART :][:length] for row in range(batch)]
 
     prefill: dict[str, list[float]] = {name: [] for name in contestants}
     decode: dict[str, list[float]] = {name: [] for name in contestants}
+    bandwidths: list[float] = []
     for turn in range(runs + 1):
         for name, run in contestants.items():
             first, rest = run(prompts(turn), new_tokens + 1)
             if turn > 0:
                 prefill[name].append(first)
                 decode[name].append(rest)
-    return [
+            if turn > 0 and name == "native":
+                bandwidths.append(bandwidth())
+    rows = [
         {
             "benchmark": "decode",
             "contestant": name,
@@ -342,6 +356,7 @@ def _measure(
         }
         for name in contestants
     ]
+    return rows, bandwidths
 
 
 def _print(row: dict[str, Any]) -> None:

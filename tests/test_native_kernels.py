@@ -212,7 +212,7 @@ def test_products_of_codes_of_prompts(fine, rows, spans, group, count, seed):
     for kernels in PROMPTS if fine else EIGHT_BIT_PROMPTS:
         matrix = packed(kernels, "int4", codes, scale, zero, group, bias)
         found = native.multiply(kernels, matrix, x, fine, prompt=True)
-        most = 16368 if kernels.endswith("winograd") else 32639  # of 15 bits, of 16
+        most = 16368 if kernels == "zen4" else 32639  # of 15 bits, of 16
         close_sums(found, weight, rounded_rows(x, most) if fine else rounded(kernels, x, False), bias)
         some = native.multiply(kernels, matrix, x[: (count + 1) // 2], fine, prompt=True)
         assert np.array_equal(some, found[: len(some)])  # neighbours change no bit of a token's sums

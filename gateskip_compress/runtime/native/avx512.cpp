@@ -23,9 +23,18 @@
 #include "vector512.h"
 
 namespace gateskip {
+namespace {
+
+// AMD's, which add on ports that multiplications leave alone, and follow what one token reads by themselves.
+struct Zen4 : Avx512 {
+  template <int tokens>
+  static constexpr bool fetched_ahead = tokens > 1;
+};
+
+}  // namespace
 
 const Kernels avx512_kernels = table<Avx512>("avx512vnni", &prompts_by<Avx512, Way::pairs>);
-const Kernels winograd_kernels = table<Avx512>("avx512vnni-winograd", &prompts_by<Avx512, Way::sums>);
+const Kernels zen4_kernels = table<Zen4>("zen4", &prompts_by<Zen4, Way::sums>);
 
 }  // namespace gateskip
 

@@ -295,7 +295,11 @@ Floats attend(const std::string& kernels, Floats query, Floats keys, Floats valu
 // Bytes per second of `threads` threads reading an array of their own size again and again; the best of `runs`.
 double read_bandwidth(int threads, int megabytes, int runs) {
   const size_t words = size_t(megabytes) * (1 << 20) / 8 / threads;
-  std::vector<std::vector<uint64_t>> parts(threads, std::vector<uint64_t>(words, 1));
+  std::vector<std::unique_ptr<uint64_t, decltype(&std::free)>> parts;
+  for (int thread = 0; thread < threads; ++thread) {
+    parts.emplace_back(static_cast<uint64_t*>(gateskip::zeros(words * 8)), &std::free);
+    std::fill_n(parts.back().get(), words, 1);
+  }
   std::vector<uint64_t> sums(threads);
   Team team(threads);
   double best = 0;
@@ -304,7 +308,7 @@ double read_bandwidth(int threads, int megabytes, int runs) {
     const auto start = std::chrono::steady_clock::now();
     team.run([&](int thread) {
       uint64_t sum[8] = {};
-      const uint64_t* at = parts[thread].data();
+      const uint64_t* at = parts[thread].get();
       for (size_t i = 0; i + 8 <= words; i += 8)
         for (int j = 0; j < 8; ++j) sum[j] += at[i + j];
       for (uint64_t part : sum) sums[thread] += part;

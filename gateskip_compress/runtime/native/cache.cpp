@@ -10,10 +10,7 @@
 
 namespace gateskip {
 
-namespace {
-
-// Zeros whose pages come when they are written, huge ones where the system gives such: decoding reads all of a cache at
-// every token, and in pages of 4 KB has to look up as many addresses.
+// In pages of 4 KB, decoding, which reads all of a cache at every token, would have to look up as many addresses.
 void* zeros(size_t bytes) {
   void* found = std::calloc(bytes, 1);
   if (!found) throw std::bad_alloc();
@@ -25,8 +22,6 @@ void* zeros(size_t bytes) {
 #endif
   return found;
 }
-
-}  // namespace
 
 Cache::Cache(const Kernels& kernels, Element element, size_t heads, int context, int head_dim, int step, int group)
     : kernels_(&kernels),

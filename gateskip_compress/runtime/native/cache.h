@@ -8,6 +8,9 @@
 
 namespace gateskip {
 
+// Zeros whose pages come when they are written, huge ones where the system gives such; for std::free.
+void* zeros(size_t bytes);
+
 // Elements of one head's positions lie as `Queries` says: keys in blocks of `step` positions, values with a step of 1.
 // In 8 bits, `group` channels of a position have a scale of their own, their largest element's 127th part.
 class Cache {

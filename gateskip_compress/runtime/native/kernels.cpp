@@ -40,10 +40,9 @@ std::vector<const Kernels*> usable_kernels() {
       static const bool amx = __builtin_cpu_supports("avx512bf16") && may_use_amx();
       if (amx) found.push_back(&amx_kernels);
 #endif
-      // AMD's processors add on ports that multiplications leave alone, Intel's on the same
-      const bool apart = __builtin_cpu_is("amd");
-      found.push_back(apart ? &winograd_kernels : &avx512_kernels);
-      found.push_back(apart ? &avx512_kernels : &winograd_kernels);
+      const bool amd = __builtin_cpu_is("amd");
+      found.push_back(amd ? &zen4_kernels : &avx512_kernels);
+      found.push_back(amd ? &avx512_kernels : &zen4_kernels);
     }
     if (__builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
     found.push_back(&avx2_kernels);

@@ -157,7 +157,7 @@ struct Kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GATESKIP_X86 1
-extern const Kernels avx512_kernels, winograd_kernels, avxvnni_kernels, avx2_kernels;
+extern const Kernels avx512_kernels, zen4_kernels, avxvnni_kernels, avx2_kernels;
 #else
 #define GATESKIP_X86 0
 #endif

@@ -7,6 +7,8 @@
 // elsewhere Sum4 and Sum8 do, with quad, which loads these, and are widened after each chunk. Where `paired` is true,
 // 16-bit activations are multiplied as they are, not as two of 8: pairs4 and pairs8 give codes two by two, put_crossed
 // stores activations in columns 0, 2, 1, 3 of each four, add_pairs adds the products of two with all lanes' codes.
+// fetched_ahead<T> is whether weights times T tokens are fetched early: most processors' own guesses start anew on each
+// page.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -63,7 +65,7 @@ inline F<V> exponential(F<V> x) {
 
 // ---- products
 
-// Bytes of a block that are fetched early: the processor's own guesses start anew on each page.
+// Bytes of a block that are fetched early.
 template <class V>
 constexpr int kAhead = 256 * V::lanes;
 
@@ -198,7 +200,8 @@ inline void coded_block(const Matrix& m, const uint8_t* at, const Activations& a
     unrolled<T>([&](auto t) { part[t] = V::set(0), shift[t] = 0; });
     const int end = chunk + per_group < chunks ? chunk + per_group : chunks;
     const auto take = [&](auto S) {
-      for (int ahead = 0; ahead < S * C::bytes; ahead += 64) __builtin_prefetch(at + kAhead<V> + ahead);
+      if constexpr (V::template fetched_ahead<T>)
+        for (int byte = 0; byte < S * C::bytes; byte += 64) __builtin_prefetch(at + kAhead<V> + byte);
       F<V> dots[T];
       chunk_dots<V, K, T, fine, S>(at, a, places, dots);
       unrolled<T>([&](auto t) {

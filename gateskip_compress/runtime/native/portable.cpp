@@ -9,6 +9,8 @@ namespace {
 
 struct Portable {
   static constexpr int lanes = 4;
+  template <int tokens>
+  static constexpr bool fetched_ahead = true;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef int16_t Shorts __attribute__((vector_size(16)));

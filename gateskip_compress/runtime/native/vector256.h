@@ -11,6 +11,8 @@ namespace {
 
 struct Avx2 {
   static constexpr int lanes = 8;
+  template <int tokens>
+  static constexpr bool fetched_ahead = true;
   typedef float F __attribute__((vector_size(32)));
   typedef int32_t I __attribute__((vector_size(32)));
 

@@ -10,6 +10,8 @@ namespace {
 
 struct Avx512 {
   static constexpr int lanes = 16;
+  template <int tokens>
+  static constexpr bool fetched_ahead = true;
   typedef float F __attribute__((vector_size(64)));
   typedef int32_t I __attribute__((vector_size(64)));
 
